@@ -1,0 +1,151 @@
+"""What implementations there are, and what each can do; nothing here imports a framework.
+
+One `Implementation` declares one row of every report. The packages below this one list theirs in `ENTRIES`; an
+installed third-party package offers its own through the entry-point group `ttt_lab.implementations`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+from spec.problem import DTYPES, PASSES, Dtype, Pass, Problem
+
+ENTRY_POINT_GROUP = "ttt_lab.implementations"
+Device = Literal["cpu", "cuda"]
+
+
+def supports_all(problem: Problem) -> str | None:
+    """The default of `Implementation.supports`: no limits beyond those declared."""
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of the operation.
+
+    Attributes:
+        key: `<folder>.<variant>`, unique.
+        framework: whose arrays it takes and returns.
+        pages: for each inner model, the module that has `forward(inputs, problem) -> (outputs, residuals)` and,
+            unless `passes` is only forward, `backward(cotangents, residuals, problem) -> gradients`.
+        dtypes, passes, devices: what it can do.
+        requires: import names it needs beside its framework.
+        supports: None if it can solve a problem, else the reason in one line.
+    """
+
+    key: str
+    framework: Literal["torch", "jax"]
+    pages: Mapping[str, str]
+    dtypes: tuple[Dtype, ...] = DTYPES
+    passes: tuple[Pass, ...] = PASSES
+    devices: tuple[Device, ...] = ("cpu", "cuda")
+    requires: tuple[str, ...] = ()
+    supports: Callable[[Problem], str | None] = supports_all
+
+    def unsupported(self, problem: Problem, device: Device) -> str | None:
+        """Why this implementation cannot solve `problem` on `device`, or None; imports nothing."""
+        if problem.inner_model not in self.pages:
+            return f"has no {problem.inner_model} inner model"
+        if problem.dtype not in self.dtypes:
+            return f"has no {problem.dtype}"
+        if reason := self.supports(problem):
+            return reason
+        if device not in self.devices:
+            return f"does not run on {device}"
+        if problem.matmul_precision == "tf32" and device == "cpu":
+            return "tf32 is a mode of NVIDIA tensor cores"
+        for name in (self.framework, *self.requires):
+            if importlib.util.find_spec(name) is None:
+                return f"{name} is not installed"
+        return None
+
+    def page(self, problem: Problem) -> ModuleType:
+        """The module that solves `problem`; imports its framework."""
+        return importlib.import_module(self.pages[problem.inner_model])
+
+    def source_hash(self) -> str:
+        """Of all source files in the packages of its pages: a changed kernel is another kernel."""
+        files: set[Path] = set()
+        for name in self.pages.values():
+            try:
+                spec = importlib.util.find_spec(name)
+            except ImportError:
+                spec = None
+            if spec and spec.origin:
+                page = Path(spec.origin)
+                files |= {page} if "." not in name else {
+                    path for path in page.parent.rglob("*") if path.suffix in (".py", ".cu", ".cuh")
+                }
+        digest = hashlib.sha256()
+        for path in sorted(files):
+            digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()[:12]
+
+
+def implementations() -> dict[str, Implementation]:
+    """Every registered implementation by key, this repository's first.
+
+    Raises:
+        ValueError: two of them have the same key.
+    """
+    found: dict[str, Implementation] = {}
+    for entry in (*_built_in(), *_third_party()):
+        if entry.key in found:
+            raise ValueError(f"implementation {entry.key!r} is registered twice")
+        found[entry.key] = entry
+    return found
+
+
+def select(names: Iterable[str] | None) -> list[Implementation]:
+    """The implementations that `names` name: keys (`torch.eager`) or folders (`torch`); all for None.
+
+    Raises:
+        ValueError: a name is neither; the message lists the valid ones.
+    """
+    found = implementations()
+    if names is None:
+        return list(found.values())
+    chosen: dict[str, Implementation] = {}
+    for name in names:
+        matches = {key: entry for key, entry in found.items() if name in (key, key.partition(".")[0])}
+        if not matches:
+            raise ValueError(unknown("implementation", name, found))
+        chosen |= matches
+    return list(chosen.values())
+
+
+def unknown(what: str, name: str, valid: Iterable[str]) -> str:
+    """The message for a name that is not there: what came, the nearest valid one, all valid ones."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"unknown {what} {name!r}{hint}: expected one of {', '.join(valid)}"
+
+
+def _built_in() -> Iterable[Implementation]:
+    for folder in ("torch", "jax", "triton", "cuda"):
+        yield from importlib.import_module(f"implementations.{folder}").ENTRIES
+
+
+def _third_party() -> Iterable[Implementation]:
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            loaded = point.load()
+            entries = [loaded] if isinstance(loaded, Implementation) else list(loaded)
+            if not all(isinstance(entry, Implementation) for entry in entries):
+                raise TypeError(f"{point.value} is not an Implementation")
+        except Exception as error:  # somebody else's import: a reason in a row, never our crash
+            reason = f"entry point {point.value} failed: {type(error).__name__}: {error}"
+            entries = [
+                Implementation(point.name, "torch", {"linear": "", "mlp": ""}, supports=lambda problem, why=reason: why)
+            ]
+        yield from entries

@@ -1,0 +1,117 @@
+"""The truth: the primal form of the SPEC in float64, differentiated automatically.
+
+Written for one token of one head, on vectors, exactly as the definition reads; `torch.func.grad` takes the inner
+gradient of each token's loss, `vmap` spreads it over tokens, heads and batch, and `vjp` takes the outer
+gradients. No formula of the dual form, no hand-written derivative and no line of any implementation is in here.
+
+Every token's own fast weights `theta_i` exist here, one mini-batch at a time: only the weights at the start of each
+mini-batch are kept, and it is computed again on the way back, so that the full-size cases fit on one GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.func import grad, vjp, vmap
+from torch.nn.functional import gelu
+
+from spec.problem import Problem
+from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs
+
+Theta = dict[str, torch.Tensor]
+
+
+def layer_norm(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """LayerNorm of one vector `z` [D], biased variance."""
+    centred = z - z.mean()
+    return weight * centred / torch.sqrt((centred * centred).mean() + eps) + bias
+
+
+def inner_model(theta: Theta, x: torch.Tensor) -> torch.Tensor:
+    """f(x; theta) of one token: `x w1 + b1`, or `gelu_tanh(x w1 + b1) w2 + b2`; [D] -> [D]."""
+    z = x @ theta["w1"] + theta["b1"]
+    return gelu(z, approximate="tanh") @ theta["w2"] + theta["b2"] if "w2" in theta else z
+
+
+def inner_loss(
+    theta: Theta, xk: torch.Tensor, xv: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The inner loss of one token: 1/2 || LN(f(xk; theta)) - (xv - xk) ||^2."""
+    error = layer_norm(inner_model(theta, xk), weight, bias, eps) - (xv - xk)
+    return (error * error).sum() / 2
+
+
+def run(inputs: Any, cotangents: Any, problem: Problem, device: str = "cpu") -> tuple[Outputs, Inputs]:
+    """Outputs and exact gradients of `problem`, in float64, as torch tensors on the CPU.
+
+    Args:
+        inputs: the arrays of `spec.tensors.INPUTS`, anything that `torch.as_tensor` can read, of any float dtype.
+        cotangents: those of `spec.tensors.OUTPUTS`, for the output AND the final state.
+        device: where to compute.
+    """
+    inputs = INPUTS[problem.inner_model](*(_as_float64(x, device) for x in inputs))
+    cotangents = OUTPUTS[problem.inner_model](*(_as_float64(x, device) for x in cotangents))
+    names = inputs._fields[7:]  # w1, b1 and for mlp w2, b2
+    shared = inputs.token_eta, inputs.ln_weight, inputs.ln_bias
+    mini_batches = list(zip(*(_cut(x, problem) for x in inputs[:4]), strict=True))
+    step = _mini_batch(problem)
+
+    starts, outs = [dict(zip(names, inputs[7:], strict=True))], []
+    for tokens in mini_batches:
+        out, theta = step(starts[-1], *tokens, *shared)
+        outs.append(out)
+        starts.append(theta)
+    outputs = _join(outs), *starts.pop().values()
+
+    d_theta, d_tokens = dict(zip(names, cotangents[1:], strict=True)), []
+    d_shared = [torch.zeros_like(x) for x in shared]
+    for tokens, d_out in zip(mini_batches[::-1], _cut(cotangents.out, problem)[::-1], strict=True):
+        _, pull_back = vjp(step, starts.pop(), *tokens, *shared)
+        d_theta, *d = pull_back((d_out, d_theta))
+        d_tokens.append(d[:4])
+        d_shared = [total + part for total, part in zip(d_shared, d[4:], strict=True)]
+    gradients = *(_join(d[::-1]) for d in zip(*d_tokens, strict=True)), *d_shared, *d_theta.values()
+    return (
+        OUTPUTS[problem.inner_model](*(x.cpu() for x in outputs)),
+        INPUTS[problem.inner_model](*(x.cpu() for x in gradients)),
+    )
+
+
+def _as_float64(x: Any, device: str) -> torch.Tensor:
+    return torch.as_tensor(x).to(device, torch.float64)
+
+
+def _cut(x: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, ...]:
+    """[B T H ...] -> N times [B H M ...]."""
+    return x.unflatten(1, (problem.mini_batches, problem.mini_batch)).movedim(3, 2).unbind(1)
+
+
+def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """N times [B H M ...] -> [B T H ...]."""
+    return torch.stack(list(parts), 1).movedim(2, 3).flatten(1, 2)
+
+
+def _mini_batch(problem: Problem) -> Callable[..., tuple[torch.Tensor, Theta]]:
+    """One mini-batch of every head: (theta0, xq, xk, xv, lr, token_eta, ln_weight, ln_bias) -> (out, theta0')."""
+
+    def one_head(theta0, xq, xk, xv, lr, token_eta, ln_weight, ln_bias):
+        gradients = vmap(grad(inner_loss), in_dims=(None, 0, 0, None, None, None))(
+            theta0, xk, xv, ln_weight, ln_bias, problem.eps
+        )
+        thetas = {}
+        for name, gradient in gradients.items():  # gradient [M ...]: one for each token, all taken at theta0
+            across = (-1,) + (1,) * (gradient.dim() - 1)
+            summed = (lr.reshape(across) * gradient).cumsum(0)
+            if problem.causal:
+                thetas[name] = theta0[name] - token_eta.reshape(across) * summed
+            else:
+                thetas[name] = theta0[name] - token_eta[-1] * summed[-1:].expand_as(summed)
+        out = vmap(
+            lambda theta, x: x + layer_norm(inner_model(theta, x), ln_weight, ln_bias, problem.eps)
+        )(thetas, xq)
+        return out, {name: theta[-1] for name, theta in thetas.items()}
+
+    heads = vmap(one_head, in_dims=(0, 0, 0, 0, 0, None, 0, 0))
+    return vmap(heads, in_dims=(0, 0, 0, 0, 0, None, None, None))
