@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+from spec import problem as problem_module
 from spec.problem import DTYPES, PASSES, Dtype, Pass, Problem
 
 ENTRY_POINT_GROUP = "ttt_lab.implementations"
@@ -73,8 +74,8 @@ class Implementation:
         return importlib.import_module(self.pages[problem.inner_model])
 
     def source_hash(self) -> str:
-        """Of all source files in the packages of its pages: a changed kernel is another kernel."""
-        files: set[Path] = set()
+        """Of all source files in the packages of its pages and in `spec/`: a changed kernel is another kernel."""
+        files = set(Path(problem_module.__file__).parent.glob("*.py"))
         for name in self.pages.values():
             try:
                 spec = importlib.util.find_spec(name)

@@ -1,0 +1,162 @@
+"""`python -m harness parity|sweep|doctor`: the command line behind the nox sessions.
+
+Exit codes: 0 all right; 1 something is wrong, too slow or missing in the results; 2 the command, the grid or the
+results folder is not usable; 130 interrupted (what was finished is on disk, and the same command resumes a sweep).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from harness import doctor, environment, grid, parity, plots, records, summary, sweep
+from harness.parity import Settings
+from harness.rows import ParityRow, SweepRow, latest
+from spec.problem import PASSES
+
+console = Console(stderr=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; see `--help`."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        console.print("interrupted: every finished row is on disk", style="yellow")
+        return 130
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+def _parity(options: argparse.Namespace) -> int:
+    cells = _cells(options)
+    folder, settings = _open(options)
+    groups = parity.with_yardstick(cells)
+    path = folder / "parity.csv"
+    done: list[ParityRow] = []
+    with _progress() as bar:
+        task = bar.add_task("parity", total=sum(map(len, groups)))
+        for cell, rows in parity.run(groups, settings):
+            records.append(path, rows)
+            done += rows
+            bar.update(task, advance=1, description=f"{cell.case.name} {cell.problem.dtype}")
+    _finish(path, ParityRow)
+    console.print(summary.parity_table(done))
+    for line in summary.parity_failures(done):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    _print_plots(plots.parity_plots(folder), path)
+    return 1 if any(row.status not in ("ok", "unsupported") for row in done) else 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    cells = _cells(options, passes=options.passes)
+    folder, settings = _open(options)
+    checked_path, path = folder / "parity.csv", folder / "sweep.csv"
+    if options.fresh:
+        path.unlink(missing_ok=True)
+        checked_path.unlink(missing_ok=True)
+    left = sweep.unmeasured(cells, _load(path, SweepRow), settings)
+    console.print(f"{sum(len(c.passes) for c in cells)} timings, {sum(len(c.passes) for c in left)} to do")
+    unchecked = sweep.unchecked(left, _load(checked_path, ParityRow), settings)
+    groups = parity.with_yardstick(unchecked)
+    with _progress() as bar:
+        task = bar.add_task("parity", total=sum(map(len, groups)))
+        for cell, rows in parity.run(groups, settings):
+            records.append(checked_path, rows)
+            bar.update(task, advance=1, description=f"parity {cell.case.name} {cell.problem.dtype}")
+        checked = _load(checked_path, ParityRow)
+        task = bar.add_task("sweep", total=sum(len(cell.passes) for cell in left))
+        for row in sweep.run(left, latest(checked), settings):
+            records.append(path, [row])
+            bar.update(task, advance=1, description=f"{row.implementation} {row.case} {row.pass_}")
+    for each, kind in ((checked_path, ParityRow), (path, SweepRow)):
+        _finish(each, kind)
+    rows = _load(path, SweepRow)
+    console.print(summary.sweep_table(rows, options.baseline))
+    _print_plots(plots.parity_plots(folder) + plots.sweep_plots(folder, baseline=options.baseline), path)
+    return 1 if any(row.status not in ("ok", "unsupported") for row in rows) else 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    return doctor.main(console)
+
+
+def _cells(options: argparse.Namespace, passes: list[str] | None = None) -> list[grid.Cell]:
+    names = ("implementations", "cases", "inner_models", "dtypes", "matmul_precisions")
+    return grid.load(options.grid, {name: getattr(options, name) for name in names} | {"passes": passes})
+
+
+def _open(options: argparse.Namespace) -> tuple[Path, Settings]:
+    stamp = environment.stamp(options.device or environment.find_device())
+    default = environment.ROOT / "results" / environment.folder_name(stamp)
+    folder = records.results_folder(options.results or default)
+    environment.save(folder, stamp, {name: value for name, value in vars(options).items() if name != "command"})
+    return folder, Settings(stamp, options.seed, options.jobs or Settings.jobs, options.timeout)
+
+
+def _load(path: Path, kind: type) -> list:
+    return records.load(path, kind) if path.exists() else []
+
+
+def _finish(path: Path, kind: type) -> None:
+    """Leave one row for each cell, the last one."""
+    if rows := latest(_load(path, kind)):
+        records.rewrite(path, rows)
+
+
+def _print_plots(paths: list[Path], table: Path) -> None:
+    for path in (table, *paths):
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+
+
+def _progress() -> Progress:
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    return Progress(*columns, console=console)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m harness", description="TTT Lab: are kernels right, how fast?")
+    commands = parser.add_subparsers(required=True, metavar="parity | sweep | doctor")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--implementations", type=_names, metavar="A,B", help="keys or folders: torch.eager,jax")
+    common.add_argument("--cases", type=_names, metavar="A,B", help="case names or group:small|size|stress|named")
+    common.add_argument("--inner-models", type=_names, metavar="A,B", help="linear,mlp")
+    common.add_argument("--dtypes", type=_names, metavar="A,B", help="fp64,fp32,bf16,fp16")
+    common.add_argument("--matmul-precisions", type=_names, metavar="A,B", help="of fp32: ieee,tf32")
+    common.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    common.add_argument("--results", type=Path, metavar="DIR", help="default: results/<device>")
+    common.add_argument("--seed", type=int, default=0)
+    common.add_argument("--jobs", type=int, help="checks at once; default: the number of cores")
+    common.add_argument("--timeout", type=float, default=Settings.timeout, help="seconds for one call")
+
+    command = commands.add_parser("parity", parents=[common], help="hold implementations to the float64 oracle")
+    command.add_argument("--grid", default="parity", metavar="NAME|FILE.toml")
+    command.set_defaults(command=_parity)
+
+    command = commands.add_parser("sweep", parents=[common], help="time the implementations that are right")
+    command.add_argument("--grid", default="default", metavar="NAME|FILE.toml", help="default, gpu or a file")
+    command.add_argument("--passes", type=_names, metavar="A,B", help=",".join(PASSES))
+    command.add_argument("--baseline", default="torch.eager", metavar="KEY", help="what speed-ups are relative to")
+    command.add_argument("--fresh", action="store_true", help="forget the rows that are there")
+    command.set_defaults(command=_sweep)
+
+    command = commands.add_parser("doctor", help="show that the checker catches planted faults")
+    command.set_defaults(command=_doctor)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

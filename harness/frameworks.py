@@ -1,0 +1,157 @@
+"""Whose arrays an implementation takes: how to hand them over, wait for them and read them back.
+
+A framework is opened inside a worker process, once; nothing here is imported with the harness's command line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+from typing import Any, Protocol
+
+import numpy as np
+
+from implementations.registry import Device
+from spec.problem import ARRAY_DTYPE
+
+_PACKAGES = ("torch", "jax", "jaxlib", "triton", "cupy-cuda13x", "numba-cuda", "numpy")
+
+
+class Unsupported(Exception):
+    """What was asked for cannot be done on this machine; the message is the reason in one line."""
+
+
+class Framework(Protocol):
+    """The few things that the harness asks of PyTorch and JAX alike."""
+
+    device: Device
+
+    def arrays(self, tensors: Any, strided: bool = False) -> Any:
+        """The named tuple `tensors` of NumPy arrays as arrays on the device; see `Case.strided`."""
+
+    def numpy(self, tensors: Any) -> Any:
+        """The named tuple `tensors` of device arrays as NumPy arrays, bit for bit."""
+
+    def synchronize(self, result: Any) -> None:
+        """Wait until everything that `result` depends on has been computed."""
+
+    def poison(self) -> None:
+        """Leave NaN in the memory that the next arrays will be made of, so that an unwritten element shows."""
+
+    def reset_peak_memory(self) -> None:
+        """Start to count `peak_memory_bytes` anew, where the framework can."""
+
+    def peak_memory_bytes(self) -> int | None:
+        """The most device memory in use since the last reset; None where it is not counted."""
+
+
+def open_framework(name: str, device: Device) -> Framework:
+    """The framework `name` on `device`.
+
+    Raises:
+        Unsupported: it sees no such device.
+    """
+    return {"torch": _Torch, "jax": _Jax}[name](device)
+
+
+def versions() -> str:
+    """The versions of the installed frameworks, as `name==version` separated by spaces."""
+    found = []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name}=={importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return " ".join(found)
+
+
+def _poison_malloc() -> None:
+    """Have glibc fill fresh memory with 0xFF bytes: NaN in every float dtype. Elsewhere this does nothing."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        m_perturb = -6
+        mallopt(m_perturb, 0x100)  # fresh memory gets the complement of the low byte, 0x00
+
+
+class _Torch:
+    def __init__(self, device: Device):
+        import torch
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise Unsupported("PyTorch sees no CUDA device")
+        self.torch, self.device = torch, device
+
+    def arrays(self, tensors: Any, strided: bool = False) -> Any:
+        return type(tensors)(*(self._array(x, strided and name in _TOKENS) for name, x in _items(tensors)))
+
+    def _array(self, x: np.ndarray, strided: bool) -> Any:
+        torch = self.torch
+        bits = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype == _BF16 else torch.from_numpy(x)
+        array = bits.to(self.device, copy=True)
+        return array.transpose(1, 2).contiguous().transpose(1, 2) if strided else array
+
+    def numpy(self, tensors: Any) -> Any:
+        return type(tensors)(*map(self._numpy, tensors))
+
+    def _numpy(self, x: Any) -> np.ndarray:
+        x = x.detach().cpu().contiguous()
+        return x.view(self.torch.int16).numpy().view(_BF16) if x.dtype == self.torch.bfloat16 else x.numpy()
+
+    def synchronize(self, result: Any) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+
+    def poison(self) -> None:
+        if self.device == "cpu":
+            _poison_malloc()
+        else:  # freed blocks go back to the caching allocator, which hands them out again
+            free, _ = self.torch.cuda.mem_get_info()
+            self.torch.full((min(free // 4, 2**32) // 4,), float("nan"), device="cuda")
+            del [self.torch.full((2**17,), float("nan"), device="cuda") for _ in range(64)][:]
+
+    def reset_peak_memory(self) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.reset_peak_memory_stats()
+
+    def peak_memory_bytes(self) -> int | None:
+        return self.torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+
+
+class _Jax:
+    def __init__(self, device: Device):
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        try:
+            self.place = jax.devices("gpu" if device == "cuda" else "cpu")[0]
+        except RuntimeError:
+            raise Unsupported(f"JAX sees no {device} device") from None
+        self.jax, self.device = jax, device
+
+    def arrays(self, tensors: Any, strided: bool = False) -> Any:
+        """JAX has no strides: `strided` changes nothing."""
+        return type(tensors)(*(self.jax.device_put(x, self.place) for x in tensors))
+
+    def numpy(self, tensors: Any) -> Any:
+        return type(tensors)(*map(np.asarray, tensors))
+
+    def synchronize(self, result: Any) -> None:
+        self.jax.block_until_ready(result)
+
+    def poison(self) -> None:
+        if self.device == "cpu":
+            _poison_malloc()
+
+    def reset_peak_memory(self) -> None:
+        """JAX counts one peak for the whole process: not reported."""
+
+    def peak_memory_bytes(self) -> int | None:
+        return None
+
+
+_BF16 = np.dtype(ARRAY_DTYPE["bf16"])  # known to NumPy once ml_dtypes is imported, which spec.cases does
+_TOKENS = ("xq", "xk", "xv", "lr", "out")  # the tensors with a T axis
+
+
+def _items(tensors: Any) -> list[tuple[str, np.ndarray]]:
+    return list(zip(tensors._fields, tensors, strict=True))

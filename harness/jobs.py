@@ -1,0 +1,77 @@
+"""What a worker process is asked to do: compute a truth, check a cell, time a cell."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness import timing
+from harness.check import TensorCheck, Truth, examine
+from harness.frameworks import Framework, open_framework
+from implementations.registry import Device, Implementation, implementations
+from spec.cases import Case, draw
+from spec.problem import Pass, Problem
+from spec.tensors import INPUTS, OUTPUTS
+
+
+def save_truth(case: Case, problem: Problem, seed: int, device: Device, folder: Path) -> None:
+    """Run the oracle on `case` and leave its outputs and gradients in `folder`, one `.npy` a tensor."""
+    from spec import oracle
+
+    inputs, cotangents = draw(case, problem, seed)
+    as_float64 = [[x.astype(np.float64) for x in tensors] for tensors in (inputs, cotangents)]
+    outputs, gradients = oracle.run(*as_float64, problem, device)
+    for name, tensor in zip(outputs._fields, outputs, strict=True):
+        np.save(folder / f"{name}.npy", tensor.numpy())
+    for name, tensor in zip(gradients._fields, gradients, strict=True):
+        np.save(folder / f"d_{name}.npy", tensor.numpy())
+
+
+def load_truth(problem: Problem, folder: Path) -> Truth:
+    """What `save_truth` left in `folder`, memory-mapped."""
+
+    def read(kind: Any, prefix: str) -> Any:
+        return kind(*(np.load(folder / f"{prefix}{name}.npy", mmap_mode="r") for name in kind._fields))
+
+    return Truth(read(OUTPUTS[problem.inner_model], ""), read(INPUTS[problem.inner_model], "d_"))
+
+
+def check(key: str, case: Case, problem: Problem, seed: int, device: Device, folder: Path) -> list[TensorCheck]:
+    """Every tensor of implementation `key` on `case`, held to the truth in `folder`."""
+    entry, framework = _open(key, device)
+    truth = load_truth(problem, folder)
+    return examine(entry.page(problem), case, problem, entry.passes, seed, framework, truth)
+
+
+def time(key: str, case: Case, problem: Problem, pass_: Pass, seed: int, device: Device) -> timing.Timing:
+    """How long `pass_` of implementation `key` takes on `case`."""
+    entry, framework = _open(key, device)
+    page = entry.page(problem)
+    inputs, cotangents = draw(case, problem, seed)
+    given, pulled = framework.arrays(inputs, case.strided), framework.arrays(cotangents, case.strided)
+    if pass_ == "forward":
+        return timing.measure(lambda: page.forward(given, problem), framework)
+    if pass_ == "backward":
+        _, residuals = page.forward(given, problem)
+        return timing.measure(lambda: page.backward(pulled, residuals, problem), framework)
+    return timing.measure(lambda: page.backward(pulled, page.forward(given, problem)[1], problem), framework)
+
+
+@functools.cache
+def _open(key: str, device: Device) -> tuple[Implementation, Framework]:
+    entry = implementations()[key]
+    framework = open_framework(entry.framework, device)
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        _limit_torch_threads(entry, int(threads))
+    return entry, framework
+
+
+def _limit_torch_threads(entry: Implementation, threads: int) -> None:
+    if entry.framework == "torch":
+        import torch
+
+        torch.set_num_threads(threads)

@@ -1,0 +1,120 @@
+"""One child process for each implementation: its crash, its memory pool and its hang are its own.
+
+The parent calls `Worker.call(function, ...)`; the child runs it and sends back what it returned or raised.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from harness.frameworks import Unsupported
+from harness.rows import Status
+
+
+class Failure(Exception):
+    """A call that gave no result: `status` as in a result row, and the reason in one line."""
+
+    def __init__(self, status: Status, reason: str):
+        super().__init__(reason)
+        self.status: Status = status
+        self.reason = " ".join(reason.split())[:300] or status
+
+
+class Worker:
+    """A child process that runs calls one after another; started when first needed, and anew after a crash."""
+
+    def __init__(self, threads: int | None = None):
+        self._threads = threads
+        self._process: Any = None
+        self._connection: Connection | None = None
+        self._stopped = False
+        self._log = tempfile.NamedTemporaryFile(prefix="ttt-lab-worker-", suffix=".log")  # noqa: SIM115
+
+    def call(self, function: Callable, *args: Any, timeout: float) -> Any:
+        """`function(*args)` in the child, within `timeout` seconds.
+
+        Raises:
+            Failure: it raised, ran out of memory or time, or took the process with it.
+        """
+        if self._stopped:
+            raise Failure("crash", "stopped by the user")
+        if self._process is None:
+            self._start()
+        assert self._connection is not None
+        try:
+            self._connection.send((function, args))
+            if not self._connection.poll(timeout):
+                self._kill()
+                raise Failure("timeout", f"no result after {timeout:g} s")
+            status, value = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(5)
+            code, last = self._process.exitcode, self._last_line()
+            self._kill()
+            died = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
+            raise Failure("crash", f"the process died with {died}{': ' + last if last else ''}") from error
+        if status != "ok":
+            raise Failure(status, value)
+        return value
+
+    def close(self) -> None:
+        """End the process, whatever it is doing, for good."""
+        self._stopped = True
+        self._kill()
+        self._log.close()
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = self._connection = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, child = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(child, self._log.name, self._threads), daemon=True
+        )
+        self._process.start()
+        child.close()
+
+    def _last_line(self) -> str:
+        lines = Path(self._log.name).read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _serve(connection: Connection, log: str, threads: int | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:  # the parent is gone
+            return
+        try:
+            answer = ("ok", function(*args))
+        except Exception as error:
+            answer = classify(error)
+        connection.send(answer)
+
+
+def classify(error: BaseException) -> tuple[Status, str]:
+    """The status and the one-line reason of a result row for an exception."""
+    name, text = type(error).__name__, str(error)
+    if isinstance(error, Unsupported):
+        return "unsupported", text
+    if isinstance(error, MemoryError) or "OutOfMemory" in name or "RESOURCE_EXHAUSTED" in text:
+        return "oom", f"out of memory: {text.splitlines()[0] if text else name}"[:200]
+    return "error", f"{name}: {text}"
