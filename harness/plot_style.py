@@ -91,8 +91,9 @@ def heat(axes: Axes, colours: np.ndarray, texts: np.ndarray, names: list[str], l
     axes.invert_yaxis()
     axes.grid(visible=False)
     for where, text in np.ndenumerate(texts):
-        colour = "white" if colours[where][:3] @ (0.3, 0.6, 0.1) < 0.5 else "black"
-        axes.text(where[1] + 0.5, where[0] + 0.5, text, ha="center", va="center", color=colour, fontsize=8.5)
+        colour = "white" if colours[where][:3] @ (0.3, 0.6, 0.1) < 0.42 else "black"
+        style = {"ha": "center", "va": "center", "fontsize": 8.5, "color": colour}
+        axes.text(where[1] + 0.5, where[0] + 0.5, text, **style).set_in_layout(False)  # inside: saves half the time
     axes.set_yticks(np.arange(len(names)) + 0.5, names)
     axes.set_xticks(np.arange(len(labels)) + 0.5, labels, rotation=40, ha="right", rotation_mode="anchor")
     axes.tick_params(length=0)

@@ -96,8 +96,9 @@ def speedup(table: pandas.DataFrame, baseline: str, path: Path, title: str) -> P
 
 
 def _column_labels(table: pandas.DataFrame) -> pandas.Series:
-    """The case, and those of its sizes that it was run at more than one of."""
+    """The case, and whatever of its sizes it was run at more than one of: no two cells share a label."""
     letters = {"batch": "B", "tokens": "T", "heads": "H", "head_dim": "D", "mini_batch": "M"}
+    letters |= {"causal": "causal", "device": "device"}
     label = table["case"]
     for name, letter in letters.items():
         varies = table.groupby("case")[name].transform("nunique") > 1

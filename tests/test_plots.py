@@ -77,6 +77,12 @@ def test_only_failed_rows(tmp_path, status):
     check(plots.all_plots(tmp_path), "parity_matrix.png", "speedup_linear_forward.png")
 
 
+def test_one_case_causal_and_not_are_two_cells(tmp_path):
+    for causal in (True, False):
+        records.append(tmp_path / "sweep.csv", sweep_row(causal=causal))
+    check(plots.sweep_plots(tmp_path), *SWEEP, "error_vs_time.png")
+
+
 def test_nothing_to_plot(tmp_path):
     with pytest.raises(ValueError, match=r"expected parity.csv or sweep.csv to plot, found neither"):
         plots.all_plots(tmp_path)
