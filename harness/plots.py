@@ -1,0 +1,61 @@
+"""Every plot of a results folder, drawn from its CSV files alone into the same folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.plot_parity import parity_matrix
+from harness.plot_style import FILES, read, styles
+from harness.plot_sweep import PASS_WORDS, error_against_time, over_tokens, speedup
+
+
+def all_plots(folder: str | Path, baseline: str = "torch.eager") -> list[Path]:
+    """Draw whatever the folder has results for: parity, sweep or both.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    folder = Path(folder)
+    there = [name for name in FILES if (folder / name).exists()]
+    if not there:
+        raise ValueError(f"{folder}: expected {' or '.join(FILES)} to plot, found neither")
+    parity = parity_plots(folder) if "parity.csv" in there else []
+    return parity + (sweep_plots(folder, baseline) if "sweep.csv" in there else [])
+
+
+def parity_plots(folder: str | Path) -> list[Path]:
+    """`parity_matrix.png`.
+
+    Raises:
+        ValueError: the folder has no `parity.csv`, or no rows in it.
+    """
+    return [parity_matrix(Path(folder))]
+
+
+def sweep_plots(folder: str | Path, baseline: str = "torch.eager") -> list[Path]:
+    """Time, throughput and speed-up for each inner model and pass, and `error_vs_time.png`.
+
+    Cold and warm caches are never mixed: cold ones are drawn, warm ones where there are no cold ones. What needs a
+    time is not drawn where nothing was timed.
+
+    Raises:
+        ValueError: the folder has no `sweep.csv`, or no rows in it.
+    """
+    folder, written = Path(folder), []
+    table, all_styles = read(folder, "sweep.csv"), styles(folder)
+    cache = "cold" if table["cache"].eq("cold").any() else "warm"
+    table = table[table["cache"] == cache]
+    for (inner_model, pass_), part in table.groupby(["inner_model", "pass"]):
+        what, suffix = f"TTT {inner_model}, {PASS_WORDS[pass_]}, {cache} cache", f"{inner_model}_{pass_}.png"
+        if part["status"].eq("ok").any():
+            title = f"Time against sequence length: {what}\nmedian, band from 20th to 80th percentile"
+            written.append(over_tokens(part, all_styles, folder / f"time_vs_tokens_{suffix}", title, throughput=False))
+            title = f"Tokens a second against sequence length: {what}"
+            path = folder / f"throughput_vs_tokens_{suffix}"
+            written.append(over_tokens(part, all_styles, path, title, throughput=True))
+        written.append(speedup(part, baseline, folder / f"speedup_{suffix}", f"Speed-up over {baseline}: {what}"))
+    if table["status"].eq("ok").any():
+        wrong = int(table["status"].eq("wrong").sum())
+        title = f"Error against time: what passed its parity check ({wrong} wrong results are not timed)"
+        written.append(error_against_time(table, all_styles, folder / "error_vs_time.png", title))
+    return written

@@ -1,0 +1,216 @@
+"""The rows of `parity.csv` and `sweep.csv`: their field order is the column order.
+
+A row that claims something it cannot claim (passed without a time, failed without a reason) cannot be made.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from spec.problem import Dtype, InnerModel, MatmulPrecision, Pass
+
+Status = Literal["ok", "unsupported", "oom", "timeout", "crash", "error", "wrong"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+SIZES = ("batch", "tokens", "heads", "head_dim", "mini_batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRow:
+    """How far one tensor of one implementation is from the truth, in one case.
+
+    Attributes:
+        error_ratio: the worse of max and rms error over what is allowed; a row that is `ok` has at most 1.
+        worst_index: where in the tensor the worst error is.
+        truth: which truth it was held to, say "primal".
+        diverging_mini_batch: the first mini-batch that is out of tolerance.
+
+    Raises:
+        ValueError: a name is unknown, a text has a line break, a status other than `ok` has no reason, or `ok` has
+            no `error_ratio` of at most 1.
+    """
+
+    run_id: str
+    implementation: str
+    inner_model: InnerModel
+    case: str
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+    mini_batch: int
+    causal: bool
+    dtype: Dtype
+    matmul_precision: MatmulPrecision
+    seed: int
+    tensor: str
+    status: Status
+    reason: str = ""
+    max_error: float | None = None
+    rms_error: float | None = None
+    yardstick_max_error: float | None = None
+    yardstick_rms_error: float | None = None
+    error_ratio: float | None = None
+    worst_index: str = ""
+    device: Literal["cpu", "cuda"]
+    truth: str
+    diverging_mini_batch: int | None = None
+    source_hash: str
+    git_sha: str
+    versions: str
+    started_at: str
+
+    KEY = ("implementation", "inner_model", "case", *SIZES)
+    KEY += ("causal", "dtype", "matmul_precision", "seed", "device", "tensor")
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRow:
+    """How long one implementation takes for one pass of one case; `pass_` is the column `pass`.
+
+    Attributes:
+        device_ms, device_ms_p20, device_ms_p80: median, 20th and 80th percentile on the device, milliseconds.
+        host_ms: median until the call returns, milliseconds.
+        first_call_s: the first call, compilation included, seconds.
+        cache: whether the device's caches were flushed before each sample (cold) or not (warm).
+        error_ratio: the worst one of its parity check; a row that is `ok` has at most 1.
+
+    Raises:
+        ValueError: as in `ParityRow`; or `ok` has no time, or another status has one.
+    """
+
+    run_id: str
+    implementation: str
+    inner_model: InnerModel
+    case: str
+    pass_: Pass
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+    mini_batch: int
+    causal: bool
+    dtype: Dtype
+    matmul_precision: MatmulPrecision
+    status: Status
+    reason: str = ""
+    cache: Literal["cold", "warm"]
+    device_ms: float | None = None
+    device_ms_p20: float | None = None
+    device_ms_p80: float | None = None
+    host_ms: float | None = None
+    first_call_s: float | None = None
+    samples: int | None = None
+    timer: str = ""
+    peak_memory_bytes: int | None = None
+    flops: int | None = None
+    bytes_min: int | None = None
+    roofline_ms: float | None = None
+    roofline_fraction: float | None = None
+    launches: int | None = None
+    error_ratio: float | None = None
+    gpu: str = ""
+    driver: str = ""
+    cuda: str = ""
+    sm_clock_mhz: float | None = None
+    throttled: bool | None = None
+    git_sha: str
+    source_hash: str
+    versions: str
+    started_at: str
+    device: Literal["cpu", "cuda"]
+
+    KEY = ("implementation", "inner_model", "case", "pass_", *SIZES)
+    KEY += ("causal", "dtype", "matmul_precision", "cache", "device")
+
+    def __post_init__(self) -> None:
+        _check(self)
+        times = ("device_ms", "device_ms_p20", "device_ms_p80", "host_ms", "first_call_s")
+        timed = [name for name in times if getattr(self, name) is not None]
+        if self.status != "ok" and timed:
+            raise ValueError(f"{timed[0]}: expected none for status {self.status}, got {getattr(self, timed[0])!r}")
+        if self.status == "ok" and not (self.device_ms is not None and 0 < self.device_ms < float("inf")):
+            raise ValueError(f"device_ms: expected a positive time for status ok, got {self.device_ms!r}")
+
+
+Row = TypeVar("Row", ParityRow, SweepRow)
+
+
+def columns(row_type: type[Row]) -> tuple[str, ...]:
+    """The column names of a row class, in file order."""
+    return tuple(field.name.rstrip("_") for field in fields(row_type))
+
+
+def key(row: ParityRow | SweepRow) -> tuple[Any, ...]:
+    """What was measured: two rows of the same key are two measurements of one cell."""
+    return tuple(getattr(row, name) for name in row.KEY)
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of each cell, in the order in which the cells first appeared."""
+    return list({key(row): row for row in rows}.values())
+
+
+def to_texts(row: ParityRow | SweepRow) -> list[str]:
+    """The row as CSV fields: None is empty, booleans are true and false, floats keep every digit."""
+    return [_text(getattr(row, name), _kind(hint)) for name, hint in _hints(type(row)).items()]
+
+
+def from_texts(row_type: type[Row], texts: Iterable[str]) -> Row:
+    """The row that `to_texts` made these fields from; fields beyond its columns are ignored.
+
+    Raises:
+        ValueError: a field cannot be read as its column's type, or the row cannot be (see the row classes).
+    """
+    hints = _hints(row_type)
+    return row_type(**{name: _value(name, text, hints[name]) for name, text in zip(hints, texts, strict=False)})
+
+
+def _check(row: ParityRow | SweepRow) -> None:
+    for name, hint in _hints(type(row)).items():
+        value = getattr(row, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{name.rstrip('_')}: expected one of {', '.join(get_args(hint))}, got {value!r}")
+        if isinstance(value, str) and ("\n" in value or "\r" in value):
+            raise ValueError(f"{name}: expected one line, got {value!r}")
+    if row.status != "ok" and not row.reason.strip():
+        raise ValueError(f"reason: expected one line for status {row.status}, got {row.reason!r}")
+    if row.status == "ok" and not (row.error_ratio is not None and row.error_ratio <= 1):  # NaN is not <= 1
+        raise ValueError(f"error_ratio: expected at most 1 for status ok, got {row.error_ratio!r}")
+
+
+@functools.cache
+def _hints(row_type: type) -> dict[str, Any]:
+    hints = get_type_hints(row_type)
+    return {field.name: hints[field.name] for field in fields(row_type)}
+
+
+def _kind(hint: Any) -> type:
+    """str for str and for a Literal, T for T and for `T | None`."""
+    return str if get_origin(hint) is Literal else (get_args(hint) or (hint,))[0]
+
+
+def _text(value: Any, kind: type) -> str:
+    if value is None:
+        return ""
+    if kind is bool:
+        return "true" if value else "false"
+    return {str: str, int: lambda number: str(operator.index(number)), float: lambda x: repr(float(x))}[kind](value)
+
+
+def _value(name: str, text: str, hint: Any) -> Any:
+    kind = _kind(hint)
+    if kind is str:
+        return text
+    if not text and type(None) in get_args(hint):
+        return None
+    try:
+        return {"true": True, "false": False}[text] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"{name.rstrip('_')}: expected {kind.__name__}, got {text!r}") from None
