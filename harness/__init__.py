@@ -1,0 +1,1 @@
+"""Checks, measures and reports on implementations."""
