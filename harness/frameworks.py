@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from implementations.registry import Device
-from spec.problem import ARRAY_DTYPE
+from spec.cases import NUMPY_DTYPE
 
 _PACKAGES = ("torch", "jax", "jaxlib", "triton", "cupy-cuda13x", "numba-cuda", "numpy")
 
@@ -106,8 +106,8 @@ class _Torch:
             _poison_malloc()
         else:  # freed blocks go back to the caching allocator, which hands them out again
             free, _ = self.torch.cuda.mem_get_info()
-            self.torch.full((min(free // 4, 2**32) // 4,), float("nan"), device="cuda")
-            del [self.torch.full((2**17,), float("nan"), device="cuda") for _ in range(64)][:]
+            sizes = [min(free // 4, 2**32) // 4] + 64 * [2**17]
+            _ = [self.torch.full((size,), float("nan"), device="cuda") for size in sizes]
 
     def reset_peak_memory(self) -> None:
         if self.device == "cuda":
@@ -149,7 +149,7 @@ class _Jax:
         return None
 
 
-_BF16 = np.dtype(ARRAY_DTYPE["bf16"])  # known to NumPy once ml_dtypes is imported, which spec.cases does
+_BF16 = NUMPY_DTYPE["bf16"]
 _TOKENS = ("xq", "xk", "xv", "lr", "out")  # the tensors with a T axis
 
 

@@ -75,6 +75,8 @@ class _Runner:
         self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ttt-lab-truth-")))
         self._slots = threading.Semaphore(settings.jobs)
         self._ahead = threading.Semaphore(_AHEAD)
+        self._stopped = False
+        stack.callback(self._stop)
         self._lanes: dict[str, tuple[Worker, ThreadPoolExecutor]] = {}
 
     def truth(self, group: list[Cell]) -> Future:
@@ -98,6 +100,8 @@ class _Runner:
 
     def _compute(self, worker: Worker, cell: Cell) -> Path | Failure:
         self._ahead.acquire()
+        if self._stopped:
+            return Failure("error", "stopped")
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         arguments = cell.case, cell.problem, self.settings.seed, self.settings.stamp.device, folder
         return self._call(worker, jobs.save_truth, *arguments) or folder
@@ -119,12 +123,17 @@ class _Runner:
     def _submit(self, lane: str, function: Any, *arguments: Any) -> Future:
         if lane not in self._lanes:
             threads = 1 if self.settings.stamp.device == "cpu" else None
-            worker, thread = Worker(threads), ThreadPoolExecutor(1)
-            self._lanes[lane] = worker, thread
-            self._stack.callback(thread.shutdown, wait=False, cancel_futures=True)
-            self._stack.callback(worker.close)
+            self._lanes[lane] = Worker(threads), ThreadPoolExecutor(1)
         worker, thread = self._lanes[lane]
         return thread.submit(function, worker, *arguments)
+
+    def _stop(self) -> None:
+        """End all processes, and let go of every thread that waits for something."""
+        self._stopped = True
+        for worker, thread in self._lanes.values():
+            thread.shutdown(wait=False, cancel_futures=True)
+            worker.close()
+        self._ahead.release(_AHEAD)
 
 
 def _done(value: Any) -> Future:
@@ -147,7 +156,7 @@ def _rows(
         "started_at": settings.stamp.started_at,
     }
     if isinstance(result, Failure):
-        return [ParityRow(**common, tensor="all", status=result.status, reason=result.reason)]
+        return [ParityRow(**common, tensor="", status=result.status, reason=result.reason)]
     beside = {} if isinstance(yardstick, Failure) else {check.tensor: check for check in yardstick}
     rows = []
     for check in result:

@@ -38,21 +38,21 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def append(path: str | Path, row: ParityRow | SweepRow) -> None:
-    """Add `row` to the file, below a header if it is new; on the disk when this returns.
+def append(path: str | Path, rows: Sequence[ParityRow | SweepRow]) -> None:
+    """Add `rows`, of one class, to the file, below a header if it is new; on the disk when this returns.
 
     Raises:
         ValueError: the file has other columns.
         OSError: it cannot be written, or the disk is full.
     """
-    path = Path(path)
-    lines = _whole_lines(path, type(row)) if path.exists() else []
-    texts = to_texts(row)
-    if lines:
-        newer = len(_split(lines[0])) - len(texts)
-        data = _line(texts + [""] * newer)
-    else:
-        data = _line(columns(type(row))) + _line(texts)
+    if not rows:
+        return
+    path, names = Path(path), columns(type(rows[0]))
+    header = _header(path, type(rows[0]))
+    newer = len(header) - len(names) if header else 0
+    data = "".join(_line(to_texts(row) + [""] * newer) for row in rows)
+    if not header:
+        data = _line(names) + data
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         if os.write(handle, data.encode()) != len(data.encode()):
@@ -131,6 +131,22 @@ def results_folder(path: str | Path) -> Path:
     except OSError as error:
         raise OSError(error.errno, f"results cannot be written there: {error.strerror}", str(path)) from error
     return path
+
+
+def _header(path: Path, row_type: type[Row]) -> list[str]:
+    """The columns of a file that may be appended to; empty if it is new. A torn last line is cut off first."""
+    if not path.exists() or not path.stat().st_size:
+        return []
+    with path.open("rb") as file:
+        header = file.readline()
+        file.seek(-1, os.SEEK_END)
+        whole = file.read() == b"\n"
+    if not whole:
+        lines = _whole_lines(path, row_type)
+        return _split(lines[0]) if lines else []
+    found = _split(header.decode(errors="replace").rstrip("\n"))
+    _check_header(path, found, list(columns(row_type)))
+    return found
 
 
 def _whole_lines(path: Path, row_type: type[Row]) -> list[str]:
