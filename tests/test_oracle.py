@@ -12,6 +12,8 @@ from spec.cases import CASES, Case, Values, draw
 from spec.problem import INNER_MODELS, Problem
 from spec.tensors import INPUTS, Inputs, LinearInputs, LinearOutputs, Outputs
 
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other, ten times as long on a busy machine
+
 PAPER = Problem("linear", batch=1, tokens=4, heads=1, head_dim=2, mini_batch=2, eps=16.0, dtype="fp64")
 
 
