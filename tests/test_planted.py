@@ -16,6 +16,8 @@ from spec import oracle
 from spec.cases import CASES, draw
 from spec.problem import INNER_MODELS
 
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other, ten times as long on a busy machine
+
 PAGES = {"linear": ttt_linear, "mlp": ttt_mlp}
 PLANTED = [
     pytest.param(fault, inner, case, dtype, id=f"{fault.name}-{inner}-{case}-{dtype}")
