@@ -12,6 +12,7 @@ from rich.console import Console
 from harness import jobs, rule
 from harness.check import TensorCheck, examine
 from harness.frameworks import open_framework
+from harness.parity import CPU_ENVIRONMENT
 from harness.planted import FAULTS, Fault, load
 from harness.worker import Failure, Worker, classify
 from spec.cases import CASES, Case
@@ -22,7 +23,7 @@ SEED = 0
 
 def main(console: Console) -> int:
     """Print what gave each fault away, and "caught N of N"; the exit code is 1 if any cell was missed."""
-    worker, caught, sound = Worker(threads=1), 0, True
+    worker, caught, sound = Worker(CPU_ENVIRONMENT), 0, True
     try:
         for fault in FAULTS:
             try:

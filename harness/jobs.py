@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +64,4 @@ def time(key: str, case: Case, problem: Problem, pass_: Pass, seed: int, device:
 def _open(key: str, device: Device) -> tuple[Implementation, Framework]:
     entry = implementations()[key]
     framework = open_framework(entry.framework, device)
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        _limit_torch_threads(entry, int(threads))
     return entry, framework
-
-
-def _limit_torch_threads(entry: Implementation, threads: int) -> None:
-    if entry.framework == "torch":
-        import torch
-
-        torch.set_num_threads(threads)

@@ -25,6 +25,8 @@ from harness.worker import Failure, Worker
 from implementations.registry import implementations
 
 TRUTH = "primal"
+# On a CPU the checks are tiny and compiling is most of the work: one thread each, and no costly passes in XLA.
+CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 _AHEAD = 2  # truths on disk at once: the one in use and the next; a full-size one is gigabytes
 
 
@@ -122,8 +124,8 @@ class _Runner:
 
     def _submit(self, lane: str, function: Any, *arguments: Any) -> Future:
         if lane not in self._lanes:
-            threads = 1 if self.settings.stamp.device == "cpu" else None
-            self._lanes[lane] = Worker(threads), ThreadPoolExecutor(1)
+            environment = CPU_ENVIRONMENT if self.settings.stamp.device == "cpu" else {}
+            self._lanes[lane] = Worker(environment), ThreadPoolExecutor(1)
         worker, thread = self._lanes[lane]
         return thread.submit(function, worker, *arguments)
 

@@ -61,7 +61,7 @@ def floor(check: TensorCheck, problem: Problem) -> Errors:
     """
     ulp = ULP["fp16"] if problem.matmul_precision == "tf32" else ULP[problem.dtype]
     few = FLOOR_ULPS[problem.dtype] * CANCELLING.get(check.tensor, 1.0)
-    return Errors(few * ulp, few * ulp * min(1.0, max(0.25, (check.count or 1) ** -0.5)))
+    return Errors(few * ulp, few * ulp * min(1.0, max(0.125, (check.count or 1) ** -0.5)))
 
 
 def judge(check: TensorCheck, yardstick: TensorCheck | None, case: Case, problem: Problem) -> Verdict:

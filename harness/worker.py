@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ class Failure(Exception):
 class Worker:
     """A child process that runs calls one after another; started when first needed, and anew after a crash."""
 
-    def __init__(self, threads: int | None = None):
-        self._threads = threads
+    def __init__(self, environment: Mapping[str, str] | None = None):
+        """`environment` is set in the child before any framework is imported."""
+        self._environment = dict(environment or {})
         self._process: Any = None
         self._connection: Connection | None = None
         self._stopped = False
@@ -80,7 +81,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, child = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(child, self._log.name, self._threads), daemon=True
+            target=_serve, args=(child, self._log.name, self._environment), daemon=True
         )
         self._process.start()
         child.close()
@@ -90,14 +91,13 @@ class Worker:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def _serve(connection: Connection, log: str, threads: int | None) -> None:
+def _serve(connection: Connection, log: str, environment: Mapping[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if threads:
-        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    os.environ.update(environment)
     while True:
         try:
             function, args = connection.recv()

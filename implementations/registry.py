@@ -65,7 +65,7 @@ class Implementation:
         if problem.matmul_precision == "tf32" and device == "cpu":
             return "tf32 is a mode of NVIDIA tensor cores"
         for name in (self.framework, *self.requires):
-            if importlib.util.find_spec(name) is None:
+            if not _is_installed(name):
                 return f"{name} is not installed"
         return None
 
@@ -88,7 +88,7 @@ class Implementation:
                 }
         digest = hashlib.sha256()
         for path in sorted(files):
-            digest.update(path.name.encode() + path.read_bytes())
+            digest.update("/".join(path.parts[-3:]).encode() + path.read_bytes())
         return digest.hexdigest()[:12]
 
 
@@ -130,6 +130,13 @@ def unknown(what: str, name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, valid, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"unknown {what} {name!r}{hint}: expected one of {', '.join(valid)}"
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:  # of a parent of a dotted name
+        return False
 
 
 def _built_in() -> Iterable[Implementation]:

@@ -97,7 +97,7 @@ def draw(case: Case, problem: Problem, seed: int = 0) -> tuple[Inputs, Outputs]:
 
 
 def _near_constant_rows(values: Values) -> None:
-    """Inner outputs vary by about sqrt(eps) over D, and the steps are too small to end that."""
+    """Inner outputs vary over D by sqrt(eps) or less, and the steps are too small to end that."""
     last = "w2" if "w2" in values else "w1"
     values[last] *= 0.01
     values["b2" if "b2" in values else "b1"][...] = 0.01

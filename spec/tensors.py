@@ -111,7 +111,7 @@ def validate(tensors: tuple, problem: Problem) -> None:
     kinds = INPUTS[problem.inner_model], OUTPUTS[problem.inner_model]
     if type(tensors) not in kinds:
         raise ValueError(
-            f"tensors of a {problem.inner_model} problem: expected {kinds[0].__name__} or {kinds[1].__name__}, "
+            f"tensors of {problem.inner_model}: expected {kinds[0].__name__} or {kinds[1].__name__}, "
             f"got {type(tensors).__name__}"
         )
     for spec, tensor in zip(tensor_specs(type(tensors), problem), tensors, strict=True):

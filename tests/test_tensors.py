@@ -99,7 +99,7 @@ def test_wrong_dtype_is_named():
 
 
 def test_wrong_tuple_is_named():
-    message = "tensors of a mlp problem: expected MlpInputs or MlpOutputs, got LinearInputs"
+    message = "tensors of mlp: expected MlpInputs or MlpOutputs, got LinearInputs"
     with pytest.raises(ValueError) as error:
         validate(zeros(LinearInputs, LINEAR, "numpy"), MLP)
     assert str(error.value) == message
