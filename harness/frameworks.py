@@ -38,6 +38,9 @@ class Framework(Protocol):
     def poison(self) -> None:
         """Leave NaN in the memory that the next arrays will be made of, so that an unwritten element shows."""
 
+    def release_memory(self) -> None:
+        """Give cached device memory back, for the other processes on the device."""
+
     def reset_peak_memory(self) -> None:
         """Start to count `peak_memory_bytes` anew, where the framework can."""
 
@@ -109,6 +112,10 @@ class _Torch:
             sizes = [min(free // 4, 2**32) // 4] + 64 * [2**17]
             _ = [self.torch.full((size,), float("nan"), device="cuda") for size in sizes]
 
+    def release_memory(self) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.empty_cache()
+
     def reset_peak_memory(self) -> None:
         if self.device == "cuda":
             self.torch.cuda.reset_peak_memory_stats()
@@ -141,6 +148,9 @@ class _Jax:
     def poison(self) -> None:
         if self.device == "cpu":
             _poison_malloc()
+
+    def release_memory(self) -> None:
+        """JAX keeps what it has; see `parity.CUDA_ENVIRONMENT`."""
 
     def reset_peak_memory(self) -> None:
         """JAX counts one peak for the whole process: not reported."""

@@ -13,6 +13,7 @@ from harness.check import TensorCheck, Truth, examine
 from harness.frameworks import Framework, open_framework
 from implementations.registry import Device, Implementation, implementations
 from spec.cases import Case, draw
+from spec.cost import affordable_form
 from spec.problem import Pass, Problem
 from spec.tensors import INPUTS, OUTPUTS
 
@@ -23,11 +24,11 @@ def save_truth(case: Case, problem: Problem, seed: int, device: Device, folder: 
 
     inputs, cotangents = draw(case, problem, seed)
     as_float64 = [[x.astype(np.float64) for x in tensors] for tensors in (inputs, cotangents)]
-    outputs, gradients = oracle.run(*as_float64, problem, device)
-    for name, tensor in zip(outputs._fields, outputs, strict=True):
-        np.save(folder / f"{name}.npy", tensor.numpy())
-    for name, tensor in zip(gradients._fields, gradients, strict=True):
-        np.save(folder / f"d_{name}.npy", tensor.numpy())
+    outputs, gradients = oracle.run(*as_float64, problem, device, affordable_form(problem))
+    for prefix, tensors in (("", outputs), ("d_", gradients)):
+        for name, tensor in zip(tensors._fields, tensors, strict=True):
+            np.save(folder / f"{prefix}{name}.npy", tensor.numpy())
+    open_framework("torch", device).release_memory()
 
 
 def load_truth(problem: Problem, folder: Path) -> Truth:
@@ -43,7 +44,10 @@ def check(key: str, case: Case, problem: Problem, seed: int, device: Device, fol
     """Every tensor of implementation `key` on `case`, held to the truth in `folder`."""
     entry, framework = _open(key, device)
     truth = load_truth(problem, folder)
-    return examine(entry.page(problem), case, problem, entry.passes, seed, framework, truth)
+    try:
+        return examine(entry.page(problem), case, problem, entry.passes, seed, framework, truth)
+    finally:
+        framework.release_memory()
 
 
 def time(key: str, case: Case, problem: Problem, pass_: Pass, seed: int, device: Device) -> timing.Timing:

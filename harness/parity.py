@@ -23,10 +23,12 @@ from harness.grid import Cell
 from harness.rows import ParityRow
 from harness.worker import Failure, Worker
 from implementations.registry import implementations
+from spec.cost import affordable_form
 
-TRUTH = "primal"
 # On a CPU the checks are tiny and compiling is most of the work: one thread each, and no costly passes in XLA.
 CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+# On a GPU all workers share its memory: JAX allocates and frees each array instead of keeping a growing pool.
+CUDA_ENVIRONMENT = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
 _AHEAD = 2  # truths on disk at once: the one in use and the next; a full-size one is gigabytes
 
 
@@ -124,7 +126,7 @@ class _Runner:
 
     def _submit(self, lane: str, function: Any, *arguments: Any) -> Future:
         if lane not in self._lanes:
-            environment = CPU_ENVIRONMENT if self.settings.stamp.device == "cpu" else {}
+            environment = CPU_ENVIRONMENT if self.settings.stamp.device == "cpu" else CUDA_ENVIRONMENT
             self._lanes[lane] = Worker(environment), ThreadPoolExecutor(1)
         worker, thread = self._lanes[lane]
         return thread.submit(function, worker, *arguments)
@@ -151,7 +153,7 @@ def _rows(
         "run_id": settings.stamp.run_id,
         "seed": settings.seed,
         "device": settings.stamp.device,
-        "truth": TRUTH,
+        "truth": affordable_form(cell.problem),
         "source_hash": cell.entry.source_hash(),
         "git_sha": settings.stamp.git_sha,
         "versions": settings.stamp.versions,

@@ -1,4 +1,4 @@
-"""The fewest bytes and FLOPs that a pass needs: what a roofline is drawn from.
+"""What a problem costs: the fewest bytes and FLOPs of a pass, and the form of the oracle it can afford.
 
 Bytes: every input read once and every output written once, nothing kept between passes but the inputs. FLOPs:
 two for each multiply-add of the matrix products of the dual form, elementwise work left out, causal products at
@@ -7,8 +7,13 @@ the half they need, nothing recomputed. Both are lower bounds of the operation, 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from spec.problem import Pass, Problem
 from spec.tensors import INPUTS, OUTPUTS, tensor_specs
+
+Form = Literal["primal", "dual"]
+PRIMAL_BYTES = 2**31
 
 
 def bytes_min(problem: Problem, pass_: Pass) -> int:
@@ -35,3 +40,10 @@ def flops(problem: Problem, pass_: Pass) -> int:
     per_token = 2 * (dense + (attention if problem.causal else 0))
     forward = round(problem.batch * problem.tokens * problem.heads * per_token)
     return {"forward": forward, "backward": 2 * forward, "forward_backward": 3 * forward}[pass_]
+
+
+def affordable_form(problem: Problem) -> Form:
+    """The form the oracle takes: primal, unless the float64 weights of all tokens would pass `PRIMAL_BYTES`."""
+    d, f = problem.head_dim, problem.hidden
+    weights = d * d + d if problem.inner_model == "linear" else 2 * d * f + d + f
+    return "primal" if 8 * weights * problem.batch * problem.tokens * problem.heads <= PRIMAL_BYTES else "dual"

@@ -1,22 +1,26 @@
-"""The truth: the primal form of the SPEC in float64, differentiated automatically.
+"""The truth: the definition of the operation in float64, differentiated automatically.
 
 Written for one token of one head, on vectors, exactly as the definition reads; `torch.func.grad` takes the inner
 gradient of each token's loss, `vmap` spreads it over tokens, heads and batch, and `vjp` takes the outer
 gradients. No formula of the dual form, no hand-written derivative and no line of any implementation is in here.
 
-Every token's own fast weights `theta_i` exist here, one mini-batch at a time: only the weights at the start of each
-mini-batch are kept, and it is computed again on the way back, so that the full-size cases fit on one GPU.
+That is the primal form: every token's own fast weights `theta_i` exist, one mini-batch at a time. Only the weights
+at the start of each mini-batch are kept, and it is computed again on the way back. Where even that is too much,
+`form="dual"` stands in: the read-out of the dual form, with the inner gradients still those of autograd; the two
+agree to 1e-10 on every small case (`tests/test_oracle.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.func import grad, vjp, vmap
 from torch.nn.functional import gelu
 
+from spec.cost import Form
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs
 
@@ -43,20 +47,23 @@ def inner_loss(
     return (error * error).sum() / 2
 
 
-def run(inputs: Any, cotangents: Any, problem: Problem, device: str = "cpu") -> tuple[Outputs, Inputs]:
+def run(
+    inputs: Any, cotangents: Any, problem: Problem, device: str = "cpu", form: Form = "primal"
+) -> tuple[Outputs, Inputs]:
     """Outputs and exact gradients of `problem`, in float64, as torch tensors on the CPU.
 
     Args:
         inputs: the arrays of `spec.tensors.INPUTS`, anything that `torch.as_tensor` can read, of any float dtype.
         cotangents: those of `spec.tensors.OUTPUTS`, for the output AND the final state.
         device: where to compute.
+        form: the primal form, or the dual form for what that is too large for (`spec.cost.affordable_form`).
     """
     inputs = INPUTS[problem.inner_model](*(_as_float64(x, device) for x in inputs))
     cotangents = OUTPUTS[problem.inner_model](*(_as_float64(x, device) for x in cotangents))
     names = inputs._fields[7:]  # w1, b1 and for mlp w2, b2
     shared = inputs.token_eta, inputs.ln_weight, inputs.ln_bias
     mini_batches = list(zip(*(_cut(x, problem) for x in inputs[:4]), strict=True))
-    step = _mini_batch(problem)
+    step = {"primal": _primal, "dual": _dual}[form](problem)
 
     starts, outs = [dict(zip(names, inputs[7:], strict=True))], []
     for tokens in mini_batches:
@@ -93,7 +100,7 @@ def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(parts), 1).movedim(2, 3).flatten(1, 2)
 
 
-def _mini_batch(problem: Problem) -> Callable[..., tuple[torch.Tensor, Theta]]:
+def _primal(problem: Problem) -> Callable[..., tuple[torch.Tensor, Theta]]:
     """One mini-batch of every head: (theta0, xq, xk, xv, lr, token_eta, ln_weight, ln_bias) -> (out, theta0')."""
 
     def one_head(theta0, xq, xk, xv, lr, token_eta, ln_weight, ln_bias):
@@ -115,3 +122,43 @@ def _mini_batch(problem: Problem) -> Callable[..., tuple[torch.Tensor, Theta]]:
 
     heads = vmap(one_head, in_dims=(0, 0, 0, 0, 0, None, 0, 0))
     return vmap(heads, in_dims=(0, 0, 0, 0, 0, None, None, None))
+
+
+def _dual(problem: Problem) -> Callable[..., tuple[torch.Tensor, Theta]]:
+    """As `_primal`, for all heads at once and without the fast weights of each token."""
+
+    def step(theta, xq, xk, xv, lr, token_eta, ln_weight, ln_bias):  # xq [B H M D], lr [B H M], ln_weight [H D]
+        layers = 2 if "w2" in theta else 1
+
+        def norm(z):
+            across_heads = vmap(vmap(vmap(partial(layer_norm, eps=problem.eps), (0, None, None))), (0, None, None))
+            return across_heads(z, ln_weight, ln_bias)
+
+        def loss_of_shifts(shifts):
+            """The summed inner loss if `shifts` were added to each layer's output, and each layer's input."""
+            x, xs = xk, []
+            for layer in range(1, layers + 1):
+                xs.append(x)
+                z = x @ theta[f"w{layer}"] + theta[f"b{layer}"].unsqueeze(-2) + shifts[layer - 1]
+                x = gelu(z, approximate="tanh")
+            error = norm(z) - (xv - xk)
+            return (error * error).sum() / 2, xs
+
+        zeros = [xk.new_zeros(*xk.shape[:-1], theta[f"b{layer}"].shape[-1]) for layer in range(1, layers + 1)]
+        gradients, xs = grad(loss_of_shifts, has_aux=True)(zeros)
+
+        x, new_theta = xq, {}
+        for layer, (x_train, g) in enumerate(zip(xs, gradients, strict=True), 1):
+            w, b = theta[f"w{layer}"], theta[f"b{layer}"].unsqueeze(-2)
+            steps = token_eta[-1] * lr.unsqueeze(-1) * g
+            new_w, new_b = w - x_train.mT @ steps, b - steps.sum(-2, keepdim=True)
+            if problem.causal:
+                eta = token_eta.unsqueeze(-1) * lr.unsqueeze(-2)
+                z = x @ w + b - (eta * ((x @ x_train.mT).tril() + torch.ones_like(eta).tril())) @ g
+            else:
+                z = x @ new_w + new_b
+            x = gelu(z, approximate="tanh")
+            new_theta |= {f"w{layer}": new_w, f"b{layer}": new_b.squeeze(-2)}
+        return xq + norm(z), new_theta
+
+    return step

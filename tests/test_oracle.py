@@ -187,3 +187,15 @@ def test_inputs_may_be_arrays_of_any_float_dtype():
     outputs, gradients = oracle.run(inputs, cotangents, case.problem("linear", "fp16"))
     assert {x.dtype for x in (*outputs, *gradients)} == {torch.float64}
     assert type(gradients) is INPUTS["linear"]
+
+
+@pytest.mark.parametrize("inner_model", INNER_MODELS)
+@pytest.mark.parametrize("name", ["size-d32-m32", "stress-near-constant-rows", "stress-not-causal", "stress-large"])
+def test_dual_form_is_the_primal_form(inner_model, name):
+    case = CASES[name]
+    problem = case.problem(inner_model, "fp64")
+    inputs, cotangents = draw(case, problem)
+    primal = oracle.run(inputs, cotangents, problem)
+    dual = oracle.run(inputs, cotangents, problem, form="dual")
+    for expected, found in zip((*primal[0], *primal[1]), (*dual[0], *dual[1]), strict=True):
+        assert (found - expected).norm() <= 1e-10 * expected.norm()
