@@ -7,6 +7,7 @@ group, and the rest of a group is computed again on the way back, as in the offi
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,9 +25,9 @@ _PAGES = {"linear": ttt_linear, "mlp": ttt_mlp}
 
 
 class Tape(NamedTuple):
-    """The recorded forward: a function from cotangents to gradients, with the arrays that it needs."""
+    """The recorded forward: a function from cotangents to gradients, which is a pytree of the arrays that it needs."""
 
-    pull_back: jax.tree_util.Partial
+    pull_back: Callable[[Outputs], tuple[Inputs]]
 
 
 def forward(inputs: Inputs, problem: Problem) -> tuple[Outputs, Tape]:
@@ -51,12 +52,12 @@ def backward(cotangents: Outputs, residuals: Tape, problem: Problem) -> Inputs:
 
 
 @functools.partial(jax.jit, static_argnames="problem")
-def _forward(inputs: Inputs, problem: Problem) -> tuple[Outputs, jax.tree_util.Partial]:
+def _forward(inputs: Inputs, problem: Problem) -> tuple[Outputs, Callable[[Outputs], tuple[Inputs]]]:
     return jax.vjp(functools.partial(_run, problem=problem), inputs)
 
 
 @jax.jit
-def _backward(cotangents: Outputs, pull_back: jax.tree_util.Partial) -> Inputs:
+def _backward(cotangents: Outputs, pull_back: Callable[[Outputs], tuple[Inputs]]) -> Inputs:
     (gradients,) = pull_back(cotangents)
     return gradients
 
