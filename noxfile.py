@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import nox
 from nox.virtualenv import ALL_VENVS, VirtualEnv
@@ -16,7 +17,7 @@ from nox.virtualenv import ALL_VENVS, VirtualEnv
 PINS = "constraints-cpu.txt"
 
 
-def _lab(envdir: str, **options) -> VirtualEnv:
+def _lab(envdir: str, **options: Any) -> VirtualEnv:
     """The environment `lab` in place of the session's own `envdir`."""
     return VirtualEnv(str(Path(envdir).with_name("lab")), **options)
 

@@ -99,7 +99,7 @@ def tensor_specs(kind: type, problem: Problem) -> tuple[TensorSpec, ...]:
     )
 
 
-def validate(tensors: tuple, problem: Problem) -> None:
+def validate(tensors: tuple[Any, ...], problem: Problem) -> None:
     """Check that `tensors` are the inputs or outputs that `problem` names, before anything is allocated.
 
     Works on the arrays of every framework: it reads `.shape` and `.dtype` alone.
