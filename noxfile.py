@@ -40,7 +40,8 @@ def _install(session: nox.Session, *packages: str) -> None:
     if stamp.exists() and stamp.read_text() == wanted.hexdigest():
         return
     session.log(f"Installing {' '.join(packages)} at the versions of {PINS}: once, and again when they change")
-    session.install("--quiet", "-c", PINS, *packages)
+    stamp.unlink(missing_ok=True)
+    session.install("-c", PINS, *packages)  # nox shows pip's output only if it fails
     stamp.write_text(wanted.hexdigest())
 
 
