@@ -75,7 +75,7 @@ def sweep(session: nox.Session) -> None:
 
 @nox.session(venv_backend="lab", reuse_venv=True)
 def doctor(session: nox.Session) -> None:
-    """Say what this machine can run, and why the rest cannot."""
+    """Show that the checker catches every planted fault."""
     _run_in_lab(session, "harness", "doctor")
 
 
