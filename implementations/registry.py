@@ -144,6 +144,10 @@ def _built_in() -> Iterable[Implementation]:
         yield from importlib.import_module(f"implementations.{folder}").ENTRIES
 
 
+def _because(reason: str) -> Callable[[Problem], str]:
+    return lambda problem: reason
+
+
 def _third_party() -> Iterable[Implementation]:
     for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
@@ -153,7 +157,5 @@ def _third_party() -> Iterable[Implementation]:
                 raise TypeError(f"{point.value} is not an Implementation")
         except Exception as error:  # somebody else's import: a reason in a row, never our crash
             reason = f"entry point {point.value} failed: {type(error).__name__}: {error}"
-            entries = [
-                Implementation(point.name, "torch", {"linear": "", "mlp": ""}, supports=lambda problem, why=reason: why)
-            ]
+            entries = [Implementation(point.name, "torch", {"linear": "", "mlp": ""}, supports=_because(reason))]
         yield from entries

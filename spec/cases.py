@@ -76,7 +76,7 @@ def draw(case: Case, problem: Problem, seed: int = 0) -> tuple[Inputs, Outputs]:
     """
     rng = np.random.default_rng([seed, zlib.crc32(case.name.encode())])
     specs = tensor_specs(INPUTS[problem.inner_model], problem)
-    values = {spec.name: rng.standard_normal(spec.shape, dtype=np.float32) for spec in specs}
+    values: Values = {spec.name: rng.standard_normal(spec.shape, dtype=np.float32) for spec in specs}
     values["lr"] = 1 / (1 + np.exp(-values["lr"])) / problem.head_dim
     steps = np.arange(1, problem.mini_batch + 1)
     values["token_eta"] = np.maximum(0, 1 / steps + 0.02 * values["token_eta"])

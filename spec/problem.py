@@ -9,7 +9,7 @@ Source: Sun et al., "Learning to (Learn at Test Time): RNNs with Expressive Hidd
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import get_args, get_type_hints, Literal
+from typing import Literal, get_args, get_type_hints
 
 InnerModel = Literal["linear", "mlp"]
 Dtype = Literal["fp64", "fp32", "bf16", "fp16"]

@@ -24,7 +24,7 @@ class LinearInputs(NamedTuple):
     xk: Float[Any, "B T H D"]  # training view
     xv: Float[Any, "B T H D"]  # label view
     lr: Float[Any, "B T H"]  # inner learning rate of each token, base rate, gate and 1/D in it
-    token_eta: Float[Any, "M"]  # decay over the position in the mini-batch
+    token_eta: Float[Any, " M"]  # decay over the position in the mini-batch
     ln_weight: Float[Any, "H D"]  # gamma of the inner LayerNorm
     ln_bias: Float[Any, "H D"]  # beta of the inner LayerNorm
     w1: Float[Any, "B H D D"]  # initial fast weights
@@ -38,7 +38,7 @@ class MlpInputs(NamedTuple):
     xk: Float[Any, "B T H D"]  # training view
     xv: Float[Any, "B T H D"]  # label view
     lr: Float[Any, "B T H"]  # inner learning rate of each token, base rate, gate and 1/D in it
-    token_eta: Float[Any, "M"]  # decay over the position in the mini-batch
+    token_eta: Float[Any, " M"]  # decay over the position in the mini-batch
     ln_weight: Float[Any, "H D"]  # gamma of the inner LayerNorm
     ln_bias: Float[Any, "H D"]  # beta of the inner LayerNorm
     w1: Float[Any, "B H D F"]  # initial fast weights of the first layer
@@ -99,7 +99,7 @@ def tensor_specs(kind: type, problem: Problem) -> tuple[TensorSpec, ...]:
     )
 
 
-def validate(tensors: tuple, problem: Problem) -> None:
+def validate(tensors: tuple[Any, ...], problem: Problem) -> None:
     """Check that `tensors` are the inputs or outputs that `problem` names, before anything is allocated.
 
     Works on the arrays of every framework: it reads `.shape` and `.dtype` alone.

@@ -83,7 +83,9 @@ def backward(step: Step, cotangents: Outputs, residuals: Residuals, problem: Pro
         for state, batch, d_out in zip(residuals.states[::-1], batches[::-1], d_outs[::-1], strict=True):
             d_state, d_batch, d_shared = step(d_state, d_out, state, batch, parameters, problem)
             d_batches.append(d_batch)
-            d_parameters = Parameters(*(d + s.sum_to_size(d.shape) for d, s in zip(d_parameters, d_shared)))
+            d_parameters = Parameters(
+                *(d + s.sum_to_size(d.shape) for d, s in zip(d_parameters, d_shared, strict=True))
+            )
     d_xq, d_xk, d_xv, d_lr = (_join(d, problem) for d in zip(*d_batches[::-1], strict=True))
     return INPUTS[problem.inner_model](
         d_xq,
