@@ -96,7 +96,7 @@ def _cells(options: argparse.Namespace, passes: list[str] | None = None) -> list
 
 
 def _open(options: argparse.Namespace) -> tuple[Path, Settings]:
-    stamp = environment.stamp(options.device or environment.find_device())
+    stamp = environment.stamp(options.device or environment.find_device(), options.git_sha)
     default = environment.ROOT / "results" / environment.folder_name(stamp)
     folder = records.results_folder(options.results or default)
     environment.save(folder, stamp, {name: value for name, value in vars(options).items() if name != "command"})
@@ -140,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--results", type=Path, metavar="DIR", help="default: results/<device>")
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--jobs", type=int, help="checks at once; default: the number of cores")
+    common.add_argument("--git-sha", metavar="SHA", help="the commit, where the tree is a copy without .git")
     common.add_argument("--timeout", type=float, default=Settings.timeout, help="seconds for one call")
 
     command = commands.add_parser("parity", parents=[common], help="hold implementations to the float64 oracle")

@@ -14,7 +14,7 @@ import numpy as np
 from harness.frameworks import Framework
 from spec.cases import Case, draw
 from spec.problem import Pass, Problem
-from spec.tensors import Inputs, Outputs, validate
+from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs, validate
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def examine(
 
     framework.poison()
     results, residuals = page.forward(given, problem)
-    validate(results, problem)
+    validate(results, OUTPUTS, problem)
     outputs = framework.numpy(results)
     checks = _compare(outputs, truth.outputs, problem, base=inputs.xq)
     faults = {"out": _difference("forward changed its input", inputs, framework.numpy(given))}
@@ -72,7 +72,7 @@ def examine(
     if "backward" in passes:
         framework.poison()
         pulled_back = page.backward(pulled, residuals, problem)
-        validate(pulled_back, problem)
+        validate(pulled_back, INPUTS, problem)
         gradients = framework.numpy(pulled_back)
         checks += _compare(gradients, truth.gradients, problem, prefix="d_")
         repeated = framework.numpy(page.backward(pulled, residuals, problem))

@@ -32,12 +32,15 @@ class Stamp:
     started_at: str
 
 
-def stamp(device: Device) -> Stamp:
-    """The stamp of a run that starts now on `device`; `gpu` is the processor's name on a CPU run."""
+def stamp(device: Device, git_sha: str | None = None) -> Stamp:
+    """The stamp of a run that starts now on `device`; `gpu` is the processor's name on a CPU run.
+
+    `git_sha` names the commit of a tree that is not a checkout.
+    """
     now = datetime.now(UTC)
     gpu, driver, cuda = _nvidia() if device == "cuda" else (_processor(), "", "")
     return Stamp(
-        f"{now:%Y%m%dT%H%M%S}-{os.getpid()}", device, gpu, driver, cuda, _git_sha(), versions(), f"{now:%FT%TZ}"
+        f"{now:%Y%m%dT%H%M%S}-{os.getpid()}", device, gpu, driver, cuda, git_sha or _git_sha(), versions(), f"{now:%FT%TZ}"
     )
 
 

@@ -10,6 +10,7 @@ Cotangents have the type of the outputs, gradients the type of the inputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, get_type_hints
 
 from jaxtyping import Float
@@ -99,8 +100,8 @@ def tensor_specs(kind: type, problem: Problem) -> tuple[TensorSpec, ...]:
     )
 
 
-def validate(tensors: tuple[Any, ...], problem: Problem) -> None:
-    """Check that `tensors` are the inputs or outputs that `problem` names, before anything is allocated.
+def validate(tensors: tuple[Any, ...], kinds: Mapping[str, type], problem: Problem) -> None:
+    """Check that `tensors` are those of `kinds` (`INPUTS` or `OUTPUTS`) for `problem`, before anything is allocated.
 
     Works on the arrays of every framework: it reads `.shape` and `.dtype` alone.
 
@@ -108,13 +109,10 @@ def validate(tensors: tuple[Any, ...], problem: Problem) -> None:
         ValueError: the tuple is of the wrong type, or a tensor has another shape or dtype; the message names
             the tensor, what was expected and what came.
     """
-    kinds = INPUTS[problem.inner_model], OUTPUTS[problem.inner_model]
-    if type(tensors) not in kinds:
-        raise ValueError(
-            f"tensors of {problem.inner_model}: expected {kinds[0].__name__} or {kinds[1].__name__}, "
-            f"got {type(tensors).__name__}"
-        )
-    for spec, tensor in zip(tensor_specs(type(tensors), problem), tensors, strict=True):
+    kind = kinds[problem.inner_model]
+    if type(tensors) is not kind:
+        raise ValueError(f"tensors of {problem.inner_model}: expected {kind.__name__}, got {type(tensors).__name__}")
+    for spec, tensor in zip(tensor_specs(kind, problem), tensors, strict=True):
         shape = tuple(tensor.shape)
         if shape != spec.shape:
             axes = ", ".join(spec.axes)

@@ -15,7 +15,7 @@ import jax
 from implementations.jax import scan, ttt_linear, ttt_mlp
 from implementations.jax.scan import MiniBatch, State
 from spec.problem import Problem
-from spec.tensors import OUTPUTS, Inputs, Outputs
+from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs
 
 # Memory grows with N / GROUP states kept plus GROUP mini-batches recomputed: least near sqrt(N), 11 for the paper's
 # 2048 tokens in mini-batches of 16, and a power of two divides such an N.
@@ -36,7 +36,7 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[Outputs, Tape]:
     Raises:
         ValueError: a tensor has another shape or dtype than `problem` says.
     """
-    scan.check(inputs, problem)
+    scan.check(inputs, INPUTS, problem)
     outputs, pull_back = _forward(inputs, problem)
     return outputs, Tape(pull_back)
 
@@ -47,7 +47,7 @@ def backward(cotangents: Outputs, residuals: Tape, problem: Problem) -> Inputs:
     Raises:
         ValueError: a cotangent has another shape or dtype than `problem` says.
     """
-    scan.check(cotangents, problem)
+    scan.check(cotangents, OUTPUTS, problem)
     return _backward(cotangents, residuals.pull_back)
 
 

@@ -7,7 +7,7 @@ batch with `vmap` and runs them along the tokens. One program is compiled for ea
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -46,7 +46,7 @@ class Residuals(NamedTuple):
 
 def forward(step: Step, inputs: Inputs, problem: Problem) -> tuple[Outputs, Residuals]:
     """Run `step(state, mini_batch, parameters, problem) -> (out, state)` over all mini-batches, first to last."""
-    check(inputs, problem)
+    check(inputs, INPUTS, problem)
     outputs, states = _forward(step, inputs, problem)
     return outputs, Residuals(inputs, states)
 
@@ -57,13 +57,13 @@ def backward(step: Step, cotangents: Outputs, residuals: Residuals, problem: Pro
     A step gives (d_state, d_mini_batch, d_parameters); the gradients of the parameters are summed over heads,
     batch and mini-batches as their shapes say.
     """
-    check(cotangents, problem)
+    check(cotangents, OUTPUTS, problem)
     return _backward(step, cotangents, residuals, problem)
 
 
-def check(tensors: tuple, problem: Problem) -> None:
+def check(tensors: tuple, kinds: Mapping[str, type], problem: Problem) -> None:
     """`spec.tensors.validate`, and that JAX will not quietly make an fp64 problem an fp32 one."""
-    validate(tensors, problem)
+    validate(tensors, kinds, problem)
     if problem.dtype == "fp64" and not jax.config.jax_enable_x64:
         raise ValueError("fp64: expected jax_enable_x64 to be on, got off")
 

@@ -8,7 +8,7 @@ import torch
 
 from implementations.torch import scan, ttt_linear, ttt_mlp
 from spec.problem import Problem
-from spec.tensors import Inputs, Outputs, validate
+from spec.tensors import OUTPUTS, Inputs, Outputs, validate
 
 _PAGES = {"linear": ttt_linear, "mlp": ttt_mlp}
 
@@ -38,7 +38,7 @@ def backward(cotangents: Outputs, residuals: Graph, problem: Problem) -> Inputs:
     Raises:
         ValueError: a cotangent has another shape or dtype than `problem` says.
     """
-    validate(cotangents, problem)
+    validate(cotangents, OUTPUTS, problem)
     with scan.matmul_mode(problem):
         gradients = torch.autograd.grad(
             residuals.outputs, residuals.inputs, cotangents, retain_graph=True, materialize_grads=True

@@ -28,7 +28,7 @@ class Norm(NamedTuple):
 def dot(a: Tensor, b: Tensor, problem: Problem) -> Tensor:
     """Matrix product: operands rounded to the problem's dtype, sums kept in the accumulation dtype.
 
-    A product of two fp16 or bf16 numbers is exact in tf32, so tensor cores may do it (see `scan.matmul_mode`).
+    The product of two fp16 or bf16 numbers is the same in tf32, so tensor cores may take it (`scan.matmul_mode`).
     """
     if problem.dtype != problem.accumulate_dtype:
         io_dtype = getattr(torch, ARRAY_DTYPE[problem.dtype])

@@ -24,7 +24,7 @@ def ttt(inputs: Inputs, problem: Problem) -> Outputs:
     Raises:
         ValueError: a tensor has another shape or dtype than `problem` says.
     """
-    validate(inputs, problem)
+    validate(inputs, INPUTS, problem)
     return OUTPUTS[problem.inner_model](*_Ttt.apply(problem, *inputs))
 
 

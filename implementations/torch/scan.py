@@ -45,7 +45,7 @@ class Residuals(NamedTuple):
 
 @contextmanager
 def matmul_mode(problem: Problem) -> Iterator[None]:
-    """Let fp32 products use tf32 tensor cores only where that is exact (rounded operands) or asked for."""
+    """Let fp32 products use tf32 tensor cores where they are asked for, or where `dot` has rounded the operands."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = problem.dtype in ("bf16", "fp16") or problem.matmul_precision == "tf32"
     try:
@@ -56,7 +56,7 @@ def matmul_mode(problem: Problem) -> Iterator[None]:
 
 def forward(step: Step, inputs: Inputs, problem: Problem) -> tuple[Outputs, Residuals]:
     """Run `step(state, mini_batch, parameters, problem) -> (out, state)` over all mini-batches, first to last."""
-    validate(inputs, problem)
+    validate(inputs, INPUTS, problem)
     with matmul_mode(problem):
         batches, parameters, state = _cut(inputs, problem)
         states, outs = [], []
@@ -74,7 +74,7 @@ def backward(step: Step, cotangents: Outputs, residuals: Residuals, problem: Pro
     A step gives (d_state, d_mini_batch, d_parameters); the gradients of the parameters are summed over heads,
     batch and mini-batches as their shapes say.
     """
-    validate(cotangents, problem)
+    validate(cotangents, OUTPUTS, problem)
     with matmul_mode(problem):
         batches, parameters, _ = _cut(residuals.inputs, problem)
         d_outs = _cut_tokens(cotangents.out, problem)
