@@ -23,6 +23,7 @@ class Truth:
 
     outputs: Outputs
     gradients: Inputs
+    token_eta_scale: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class TensorCheck:
     """How far one tensor is from the truth.
 
     Errors are relative: the largest error over the largest true value, the root mean square error over that of
-    the true values (absolute where the truth is zero throughout). Those of `out` are taken on `out - xq`, which
-    the residual would hide. `profile` is the largest error in each mini-batch, for tensors with a T axis.
+    the true values (absolute where the truth is zero throughout). Two tensors have a fairer scale: `out` that of
+    `out - xq`, since the residual would hide its errors, and `d_token_eta` that of the terms it sums, since they
+    cancel. `profile` is the largest error in each mini-batch, for tensors with a T axis.
     `count` is the number of true values that are not zero; `fault` says what else is wrong, whatever the errors.
     """
 
@@ -66,7 +68,7 @@ def examine(
     results, residuals = page.forward(given, problem)
     validate(results, OUTPUTS, problem)
     outputs = framework.numpy(results)
-    checks = _compare(outputs, truth.outputs, problem, base=inputs.xq)
+    checks = _compare(outputs, truth.outputs, problem, out=truth.outputs.out - inputs.xq.astype(np.float64))
     faults = {"out": _difference("forward changed its input", inputs, framework.numpy(given))}
 
     if "backward" in passes:
@@ -74,7 +76,7 @@ def examine(
         pulled_back = page.backward(pulled, residuals, problem)
         validate(pulled_back, INPUTS, problem)
         gradients = framework.numpy(pulled_back)
-        checks += _compare(gradients, truth.gradients, problem, prefix="d_")
+        checks += _compare(gradients, truth.gradients, problem, "d_", token_eta=truth.token_eta_scale)
         repeated = framework.numpy(page.backward(pulled, residuals, problem))
         faults["d_xq"] = (
             _difference("backward changed the input", inputs, framework.numpy(given))
@@ -89,35 +91,33 @@ def examine(
     return [replace(check, fault=check.fault or faults.get(check.tensor)) for check in checks]
 
 
-def _compare(
-    found: Any, true: Any, problem: Problem, prefix: str = "", base: np.ndarray | None = None
-) -> list[TensorCheck]:
+def _compare(found: Any, true: Any, problem: Problem, prefix: str = "", **scales: np.ndarray) -> list[TensorCheck]:
     return [
-        _compare_one(prefix + name, x, t, problem, base if name == "out" else None)
+        _compare_one(prefix + name, x, t, problem, scales.get(name, t))
         for name, x, t in zip(found._fields, found, true, strict=True)
     ]
 
 
 def _compare_one(
-    tensor: str, found: np.ndarray, true: np.ndarray, problem: Problem, base: np.ndarray | None
+    tensor: str, found: np.ndarray, true: np.ndarray, problem: Problem, scale: np.ndarray
 ) -> TensorCheck:
-    found = found.astype(np.float64)
-    finite = np.isfinite(found)
+    error = found.astype(np.float64)
+    finite = np.isfinite(error)
     if not finite.all():
         worst = tuple(map(int, np.argwhere(~finite)[0]))
         return TensorCheck(tensor, None, None, worst, found.size, fault=f"{(~finite).sum()} elements are not finite")
-    error = np.abs(found - true)
-    scale = np.abs(true if base is None else true - base.astype(np.float64))
-    largest, mean_square = scale.max(), np.square(scale).mean()
+    error -= true
+    np.abs(error, out=error)
     worst = tuple(map(int, np.unravel_index(error.argmax(), error.shape)))
+    largest = max(scale.max(), -scale.min()) or 1.0
     profile = None
     if error.ndim > 2 and error.shape[:2] == (problem.batch, problem.tokens):
         cut = error.reshape(problem.batch, problem.mini_batches, -1)
-        profile = tuple(map(float, cut.max(axis=(0, 2)) / (largest or 1)))
+        profile = tuple(map(float, cut.max(axis=(0, 2)) / largest))
     return TensorCheck(
         tensor,
-        float(error.max() / (largest or 1)),
-        float(np.sqrt(np.square(error).mean() / (mean_square or 1))),
+        float(error[worst] / largest),
+        float(np.linalg.norm(error) / (np.linalg.norm(scale) or 1.0)),
         worst,
         int(np.count_nonzero(true)),
         profile,

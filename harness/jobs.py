@@ -24,8 +24,9 @@ def save_truth(case: Case, problem: Problem, seed: int, device: Device, folder: 
 
     inputs, cotangents = draw(case, problem, seed)
     as_float64 = [[x.astype(np.float64) for x in tensors] for tensors in (inputs, cotangents)]
-    outputs, gradients = oracle.run(*as_float64, problem, device, affordable_form(problem))
-    for prefix, tensors in (("", outputs), ("d_", gradients)):
+    truth = oracle.run(*as_float64, problem, device, affordable_form(problem))
+    np.save(folder / "token_eta_scale.npy", truth.token_eta_scale.numpy())
+    for prefix, tensors in (("", truth.outputs), ("d_", truth.gradients)):
         for name, tensor in zip(tensors._fields, tensors, strict=True):
             np.save(folder / f"{prefix}{name}.npy", tensor.numpy())
     open_framework("torch", device).release_memory()
@@ -34,10 +35,15 @@ def save_truth(case: Case, problem: Problem, seed: int, device: Device, folder: 
 def load_truth(problem: Problem, folder: Path) -> Truth:
     """What `save_truth` left in `folder`, memory-mapped."""
 
-    def read(kind: Any, prefix: str) -> Any:
-        return kind(*(np.load(folder / f"{prefix}{name}.npy", mmap_mode="r") for name in kind._fields))
+    def read(name: str) -> np.ndarray:
+        return np.load(folder / f"{name}.npy", mmap_mode="r")
 
-    return Truth(read(OUTPUTS[problem.inner_model], ""), read(INPUTS[problem.inner_model], "d_"))
+    outputs, inputs = OUTPUTS[problem.inner_model], INPUTS[problem.inner_model]
+    return Truth(
+        outputs(*map(read, outputs._fields)),
+        inputs(*(read(f"d_{name}") for name in inputs._fields)),
+        read("token_eta_scale"),
+    )
 
 
 def check(key: str, case: Case, problem: Problem, seed: int, device: Device, folder: Path) -> list[TensorCheck]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.func import grad, vjp, vmap
@@ -25,6 +25,18 @@ from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs
 
 Theta = dict[str, torch.Tensor]
+
+
+class Truth(NamedTuple):
+    """What is true of one problem, as float64 torch tensors on the CPU.
+
+    The gradient of `token_eta` is the sum of a term for each mini-batch of each head. `token_eta_scale`, [M], is the
+    root of the sum of their squares: by how much independent errors in the terms add up, however the terms cancel.
+    """
+
+    outputs: Outputs
+    gradients: Inputs
+    token_eta_scale: torch.Tensor
 
 
 def layer_norm(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -49,8 +61,8 @@ def inner_loss(
 
 def run(
     inputs: Any, cotangents: Any, problem: Problem, device: str = "cpu", form: Form = "primal"
-) -> tuple[Outputs, Inputs]:
-    """Outputs and exact gradients of `problem`, in float64, as torch tensors on the CPU.
+) -> Truth:
+    """Outputs and exact gradients of `problem`.
 
     Args:
         inputs: the arrays of `spec.tensors.INPUTS`, anything that `torch.as_tensor` can read, of any float dtype.
@@ -61,7 +73,9 @@ def run(
     inputs = INPUTS[problem.inner_model](*(_as_float64(x, device) for x in inputs))
     cotangents = OUTPUTS[problem.inner_model](*(_as_float64(x, device) for x in cotangents))
     names = inputs._fields[7:]  # w1, b1 and for mlp w2, b2
-    shared = inputs.token_eta, inputs.ln_weight, inputs.ln_bias
+    # Each head gets a token_eta of its own, so that the terms of its gradient come out one by one.
+    token_eta = inputs.token_eta.expand(problem.batch, problem.heads, -1)
+    shared = token_eta, inputs.ln_weight, inputs.ln_bias
     mini_batches = list(zip(*(_cut(x, problem) for x in inputs[:4]), strict=True))
     step = {"primal": _primal, "dual": _dual}[form](problem)
 
@@ -74,15 +88,19 @@ def run(
 
     d_theta, d_tokens = dict(zip(names, cotangents[1:], strict=True)), []
     d_shared = [torch.zeros_like(x) for x in shared]
+    squares = torch.zeros_like(token_eta)
     for tokens, d_out in zip(mini_batches[::-1], _cut(cotangents.out, problem)[::-1], strict=True):
         _, pull_back = vjp(step, starts.pop(), *tokens, *shared)
         d_theta, *d = pull_back((d_out, d_theta))
         d_tokens.append(d[:4])
         d_shared = [total + part for total, part in zip(d_shared, d[4:], strict=True)]
+        squares = squares + d[4] ** 2
+    d_shared[0] = d_shared[0].sum((0, 1))
     gradients = *(_join(d[::-1]) for d in zip(*d_tokens, strict=True)), *d_shared, *d_theta.values()
-    return (
+    return Truth(
         OUTPUTS[problem.inner_model](*(x.cpu() for x in outputs)),
         INPUTS[problem.inner_model](*(x.cpu() for x in gradients)),
+        squares.sum((0, 1)).sqrt().cpu(),
     )
 
 
@@ -120,14 +138,14 @@ def _primal(problem: Problem) -> Callable[..., tuple[torch.Tensor, Theta]]:
         )(thetas, xq)
         return out, {name: theta[-1] for name, theta in thetas.items()}
 
-    heads = vmap(one_head, in_dims=(0, 0, 0, 0, 0, None, 0, 0))
-    return vmap(heads, in_dims=(0, 0, 0, 0, 0, None, None, None))
+    heads = vmap(one_head, in_dims=(0, 0, 0, 0, 0, 0, 0, 0))
+    return vmap(heads, in_dims=(0, 0, 0, 0, 0, 0, None, None))
 
 
 def _dual(problem: Problem) -> Callable[..., tuple[torch.Tensor, Theta]]:
     """As `_primal`, for all heads at once and without the fast weights of each token."""
 
-    def step(theta, xq, xk, xv, lr, token_eta, ln_weight, ln_bias):  # xq [B H M D], lr [B H M], ln_weight [H D]
+    def step(theta, xq, xk, xv, lr, token_eta, ln_weight, ln_bias):  # xq [B H M D], lr, token_eta [B H M], ln_* [H D]
         layers = 2 if "w2" in theta else 1
 
         def norm(z):
@@ -150,7 +168,7 @@ def _dual(problem: Problem) -> Callable[..., tuple[torch.Tensor, Theta]]:
         x, new_theta = xq, {}
         for layer, (x_train, g) in enumerate(zip(xs, gradients, strict=True), 1):
             w, b = theta[f"w{layer}"], theta[f"b{layer}"].unsqueeze(-2)
-            steps = token_eta[-1] * lr.unsqueeze(-1) * g
+            steps = (token_eta[..., -1:] * lr).unsqueeze(-1) * g
             new_w, new_b = w - x_train.mT @ steps, b - steps.sum(-2, keepdim=True)
             if problem.causal:
                 eta = token_eta.unsqueeze(-1) * lr.unsqueeze(-2)

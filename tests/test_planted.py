@@ -62,7 +62,7 @@ def run_twice(page, case: str, inner_model: str, dtype: str) -> Result:
 @cache
 def truth(case: str, inner_model: str, dtype: str) -> dict[str, torch.Tensor]:
     problem = CASES[case].problem(inner_model, dtype)
-    outputs, gradients = oracle.run(*map(to_torch, draw(CASES[case], problem)), problem)
+    outputs, gradients, _ = oracle.run(*map(to_torch, draw(CASES[case], problem)), problem)
     return outputs._asdict() | {f"d_{name}": d for name, d in gradients._asdict().items()}
 
 
