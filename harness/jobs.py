@@ -23,8 +23,8 @@ def save_truth(case: Case, problem: Problem, seed: int, device: Device, folder: 
     from spec import oracle
 
     inputs, cotangents = draw(case, problem, seed)
-    as_float64 = [[x.astype(np.float64) for x in tensors] for tensors in (inputs, cotangents)]
-    outputs, gradients = oracle.run(*as_float64, problem, device, affordable_form(problem))
+    given, pulled = ([x.astype(np.float64) for x in tensors] for tensors in (inputs, cotangents))
+    outputs, gradients = oracle.run(given, pulled, problem, device, affordable_form(problem))
     for prefix, tensors in (("", outputs), ("d_", gradients)):
         for name, tensor in zip(tensors._fields, tensors, strict=True):
             np.save(folder / f"{prefix}{name}.npy", tensor.numpy())

@@ -86,7 +86,7 @@ def _execute(file: str, name: str, edits: tuple[Edit, ...]) -> ModuleType:
         if edit.file == file:
             source = edit.apply(source)
     module = ModuleType(f"planted.{name}.{file}")
-    exec(compile(source, f"<planted {name}>/{file}.py", "exec"), vars(module))  # noqa: S102 (our own source)
+    exec(compile(source, f"<planted {name}>/{file}.py", "exec"), vars(module))  # our own source
     return module
 
 
@@ -100,9 +100,9 @@ def _scan(old: str, new: str, count: int = 1) -> tuple[Edit, ...]:
 
 def _pages(old: str, new: str, count: int = 1) -> tuple[Edit, ...]:
     """The same edit of both pages; `#` stands for the number of the last layer, 1 or 2."""
+    layers: dict[File, str] = {"ttt_linear": "1", "ttt_mlp": "2"}
     return tuple(
-        Edit(file, old.replace("#", layer), new.replace("#", layer), count)
-        for file, layer in (("ttt_linear", "1"), ("ttt_mlp", "2"))
+        Edit(file, old.replace("#", layer), new.replace("#", layer), count) for file, layer in layers.items()
     )
 
 
