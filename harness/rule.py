@@ -8,6 +8,7 @@ absolute caps. Source of the factor: the tests of flash-attention, which derive 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,12 +75,11 @@ def judge(check: TensorCheck, yardstick: TensorCheck | None, case: Case, problem
     if check.max_error is None or check.rms_error is None:
         return Verdict(None, f"{check.tensor}: {check.fault}, the first at {check.worst_index}")
     ratios = Errors(check.max_error / allowed.max, check.rms_error / allowed.rms)
-    ratio = max(ratios)
+    norm, ratio = max(ratios._asdict().items(), key=lambda item: (math.isnan(item[1]), item[1]))  # NaN is the worst
     if check.fault:
         return Verdict(ratio, f"{check.tensor}: {check.fault}")
     if ratio <= 1:
         return Verdict(ratio, None)
-    norm = "max" if ratios.max == ratio else "rms"
     reason = (
         f"{check.tensor}: {norm} error {getattr(Errors(check.max_error, check.rms_error), norm):.2g} is {ratio:.3g} "
         f"times the allowed {getattr(allowed, norm):.2g}, worst at {check.worst_index}"

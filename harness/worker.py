@@ -50,6 +50,7 @@ class Worker:
             self._start()
         assert self._connection is not None
         try:
+            os.truncate(self._log.name, 0)  # a crash is to be explained by the last words of this call
             self._connection.send((function, args))
             if not self._connection.poll(timeout):
                 self._kill()
