@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from harness import records
 from harness.__main__ import main
 from harness.records import ParityRow, SweepRow
-from spec.problem import INNER_MODELS
+from spec.problem import INNER_MODELS, PASSES
 from spec.tensors import INPUTS, OUTPUTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,26 +67,6 @@ def command(ours: Path, *arguments: str | Path) -> subprocess.Popen:
 def finish(process: subprocess.Popen) -> tuple[int, str]:
     text, _ = process.communicate(timeout=120)
     return process.returncode, text
-
-
-@pytest.fixture(scope="module")
-def swept(ours, tmp_path_factory) -> SimpleNamespace:
-    """A sweep of a right and a wrong implementation, in which Ctrl-C came after the first row; then the rest."""
-    folder = tmp_path_factory.mktemp("results")
-    path, grid = folder / "sweep.csv", folder / "tiny.toml"
-    grid.write_text('[[block]]\ncases = ["size-d16"]\n')
-    arguments = "sweep", "--grid", grid, *TINY, "--implementations", "torch.eager,ours", "--results", folder
-    process = command(ours, *arguments)
-    until = time.monotonic() + 120
-    while not (path.exists() and path.read_bytes().count(b"\n") > 1) and process.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the children too
-    code, said = finish(process)
-    interrupted = SimpleNamespace(code=code, said=said, rows=records.load(path, SweepRow))
-    code, said = finish(command(ours, *arguments))
-    rows = records.load(path, SweepRow)
-    return SimpleNamespace(folder=folder, arguments=arguments, interrupted=interrupted, code=code, said=said, rows=rows)
 
 
 def test_parity_of_what_is_right_and_of_what_is_not_there(tmp_path, capsys):
@@ -155,42 +134,51 @@ def test_results_of_another_version_are_left_alone(tmp_path, capsys):
     assert (tmp_path / "parity.csv").read_text() == "somebody,else\n1,2\n"
 
 
-def test_a_sweep_that_is_interrupted_keeps_its_rows(swept):
-    assert swept.interrupted.code == 130, swept.interrupted.said
-    assert "interrupted: every finished row is on disk" in swept.interrupted.said
-    assert "Traceback" not in swept.interrupted.said
-    assert 1 <= len(swept.interrupted.rows) < 9
+def interrupt_after_a_row(process: subprocess.Popen, path: Path) -> tuple[int, str]:
+    """Send Ctrl-C as a terminal does, to the children too, once `path` has a row."""
+    until = time.monotonic() + 120
+    while not (path.exists() and path.read_bytes().count(b"\n") > 1) and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    return finish(process)
 
 
-def test_the_same_command_finishes_the_rest(swept):
-    kept = len(swept.interrupted.rows)
-    assert f"9 timings, {9 - kept} to do" in swept.said
-    assert swept.rows[:kept] == swept.interrupted.rows and len(swept.rows) == 9
-    assert {"sweep.csv", "parity.csv", "environment.json", "parity_matrix.png"} <= {
-        path.name for path in swept.folder.iterdir()
-    }
+def test_a_sweep_interrupted_resumed_and_repeated(ours, tmp_path):
+    path, grid = tmp_path / "sweep.csv", tmp_path / "tiny.toml"
+    grid.write_text('[[block]]\ncases = ["size-d16"]\n')
+    arguments = "sweep", "--grid", grid, *TINY, "--implementations", "torch.eager,ours", "--results", tmp_path
+
+    code, said = interrupt_after_a_row(command(ours, *arguments), path)
+    kept = records.load(path, SweepRow)
+    assert code == 130 and "interrupted: every finished row is on disk" in said and "Traceback" not in said, said
+    assert 1 <= len(kept) < 9
+
+    code, said = finish(command(ours, *arguments))
+    rows = records.load(path, SweepRow)
+    assert code == 1 and f"9 timings, {9 - len(kept)} to do" in said, said
+    assert rows[: len(kept)] == kept and len(rows) == 9
+    check_sweep(rows)
+    plots = {"parity_matrix.png", "error_vs_time.png", "speedup_linear_forward.png"}
+    assert plots <= {each.name for each in tmp_path.iterdir()}
+
+    before = [(tmp_path / name).read_bytes() for name in ("sweep.csv", "parity.csv")]
+    code, said = finish(command(ours, *arguments))
+    assert code == 1 and "9 timings, 0 to do" in said, said
+    assert [(tmp_path / name).read_bytes() for name in ("sweep.csv", "parity.csv")] == before
 
 
-def test_a_right_implementation_has_times_and_a_wrong_one_has_none(swept):
-    assert swept.code == 1, swept.said
-    passes = ["forward", "backward", "forward_backward"]
-    for implementation in ("torch.eager", "ours.slow"):
-        rows = [row for row in swept.rows if row.implementation == implementation]
-        assert [row.pass_ for row in rows] == passes and {row.status for row in rows} == {"ok"}
-        for row in rows:
-            assert 0 < row.device_ms_p20 <= row.device_ms <= row.device_ms_p80
+def check_sweep(rows: list[SweepRow]) -> None:
+    """What is right has times, what is wrong has none and says why."""
+    times = {}
+    for name in ("torch.eager", "ours.slow", "ours.wrong"):
+        assert [row.pass_ for row in rows if row.implementation == name] == list(PASSES)
+    for row in rows:
+        if row.implementation == "ours.wrong":
+            assert row.status == "wrong" and row.device_ms is None and row.host_ms is None and row.error_ratio > 1
+            assert row.reason.startswith("out: max error ") and "mini-batch 2 of 4" in row.reason
+        else:
+            assert row.status == "ok" and 0 < row.device_ms_p20 <= row.device_ms <= row.device_ms_p80
             assert 0 < row.error_ratio <= 1 and row.flops > 0 and row.timer and row.samples >= 5
-    slow = {row.pass_: row.device_ms for row in swept.rows if row.implementation == "ours.slow"}
-    assert slow["forward"] >= 20 and slow["forward_backward"] >= 20 > slow["backward"]
-    wrong = [row for row in swept.rows if row.implementation == "ours.wrong"]
-    assert [row.pass_ for row in wrong] == passes
-    for row in wrong:
-        assert row.status == "wrong" and row.device_ms is None and row.host_ms is None and row.error_ratio > 1
-        assert row.reason.startswith("out: max error ") and "mini-batch 2 of 4" in row.reason
-
-
-def test_the_same_command_again_measures_nothing_anew(swept, ours):
-    before = {name: (swept.folder / name).read_bytes() for name in ("sweep.csv", "parity.csv")}
-    code, said = finish(command(ours, *swept.arguments))
-    assert code == 1 and "9 timings, 0 to do" in said
-    assert {name: (swept.folder / name).read_bytes() for name in before} == before
+            times[row.implementation, row.pass_] = row.device_ms
+    assert times["ours.slow", "forward"] >= 20 and times["ours.slow", "forward_backward"] >= 20
