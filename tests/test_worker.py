@@ -146,6 +146,17 @@ def test_ctrl_c_is_the_parents(shared):
     assert shared.call(interrupt_oneself, timeout=TIMEOUT) == "still here"
 
 
+def test_ctrl_c_while_it_starts_is_the_parents_too():
+    worker = Worker()
+    try:
+        worker._start()
+        os.kill(worker._process.pid, signal.SIGINT)
+        assert worker.call(add, 2, 3, timeout=TIMEOUT) == 5
+    finally:
+        worker.close()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def test_what_it_prints_stays_out_of_the_way(shared, capfd):
     assert shared.call(chatter, timeout=TIMEOUT) == "done"
     assert capfd.readouterr() == ("", "")
