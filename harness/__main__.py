@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness import doctor, environment, grid, parity, plots, records, summary, sweep
 from harness.parity import Settings
-from harness.rows import ParityRow, SweepRow, latest
+from harness.rows import ParityRow, Row, SweepRow, latest
 from spec.problem import PASSES
 
 console = Console(stderr=False)
@@ -70,16 +70,16 @@ def _sweep(options: argparse.Namespace) -> int:
     groups = parity.with_yardstick(unchecked)
     with _progress() as bar:
         task = bar.add_task("parity", total=sum(map(len, groups)))
-        for cell, rows in parity.run(groups, settings):
-            records.append(checked_path, rows)
+        for cell, found in parity.run(groups, settings):
+            records.append(checked_path, found)
             bar.update(task, advance=1, description=f"parity {cell.case.name} {cell.problem.dtype}")
         checked = _load(checked_path, ParityRow)
         task = bar.add_task("sweep", total=sum(len(cell.passes) for cell in left))
         for row in sweep.run(left, latest(checked), settings):
             records.append(path, [row])
             bar.update(task, advance=1, description=f"{row.implementation} {row.case} {row.pass_}")
-    for each, kind in ((checked_path, ParityRow), (path, SweepRow)):
-        _finish(each, kind)
+    _finish(checked_path, ParityRow)
+    _finish(path, SweepRow)
     rows = _load(path, SweepRow)
     console.print(summary.sweep_table(rows, options.baseline))
     _print_plots(plots.parity_plots(folder) + plots.sweep_plots(folder, baseline=options.baseline), path)
@@ -103,11 +103,11 @@ def _open(options: argparse.Namespace) -> tuple[Path, Settings]:
     return folder, Settings(stamp, options.seed, options.jobs or Settings.jobs, options.timeout)
 
 
-def _load(path: Path, kind: type) -> list:
+def _load(path: Path, kind: type[Row]) -> list[Row]:
     return records.load(path, kind) if path.exists() else []
 
 
-def _finish(path: Path, kind: type) -> None:
+def _finish(path: Path, kind: type[Row]) -> None:
     """Leave one row for each cell, the last one."""
     if rows := latest(_load(path, kind)):
         records.rewrite(path, rows)

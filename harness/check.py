@@ -34,14 +34,14 @@ class TensorCheck:
     the true values (absolute where the truth is zero throughout). Two tensors have a fairer scale: `out` that of
     `out - xq`, since the residual would hide its errors, and `d_token_eta` that of the terms it sums, since they
     cancel. `profile` is the largest error in each mini-batch, for tensors with a T axis.
-    `count` is the number of true values that are not zero; `fault` says what else is wrong, whatever the errors.
+    `count` is the effective number of values that the RMS is taken over; `fault` says what else is wrong, whatever the errors.
     """
 
     tensor: str
     max_error: float | None
     rms_error: float | None
     worst_index: tuple[int, ...] | None
-    count: int
+    count: float
     profile: tuple[float, ...] | None = None
     fault: str | None = None
 
@@ -119,9 +119,15 @@ def _compare_one(
         float(error[worst] / largest),
         float(np.linalg.norm(error) / (np.linalg.norm(scale) or 1.0)),
         worst,
-        int(np.count_nonzero(true)),
+        _effective_count(scale),
         profile,
     )
+
+
+def _effective_count(scale: np.ndarray) -> float:
+    """How many elements the mean square of `scale` is made of: one that dwarfs the others counts alone."""
+    squares = np.square(scale)
+    return float(squares.sum() ** 2 / (np.square(squares, out=squares).sum() or 1.0))
 
 
 def _difference(what: str, before: Any, after: Any) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from harness import jobs, rule
-from harness.check import TensorCheck, examine
+from harness.check import TensorCheck, Truth, examine
 from harness.frameworks import open_framework
 from harness.parity import CPU_ENVIRONMENT
 from harness.planted import FAULTS, Fault, load
@@ -34,7 +34,8 @@ def main(console: Console) -> int:
             missed = [cell for cell, reason in found.items() if reason is None]
             caught += not missed
             verdict = f"MISSED in {', '.join(missed)}" if missed else next(iter(found.values()))
-            console.print(f"  {fault.name}: {fault.about}\n      {verdict}", markup=False, highlight=False, soft_wrap=True)
+            text = f"  {fault.name}: {fault.about}\n      {verdict}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
         for cell, reason in worker.call(diagnose, None, timeout=300.0).items():
             if reason:
                 sound = False
@@ -83,7 +84,7 @@ def _examine(fault: Fault | None, case: Case, problem: Problem) -> list[TensorCh
 
 
 @functools.cache
-def _truth(case_name: str, problem: Problem):
+def _truth(case_name: str, problem: Problem) -> Truth:
     with tempfile.TemporaryDirectory(prefix="ttt-lab-truth-") as folder:
         jobs.save_truth(CASES[case_name], problem, SEED, "cpu", Path(folder))
         return jobs.load_truth(problem, Path(folder))

@@ -39,9 +39,8 @@ def stamp(device: Device, git_sha: str | None = None) -> Stamp:
     """
     now = datetime.now(UTC)
     gpu, driver, cuda = _nvidia() if device == "cuda" else (_processor(), "", "")
-    return Stamp(
-        f"{now:%Y%m%dT%H%M%S}-{os.getpid()}", device, gpu, driver, cuda, git_sha or _git_sha(), versions(), f"{now:%FT%TZ}"
-    )
+    run_id, started_at = f"{now:%Y%m%dT%H%M%S}-{os.getpid()}", f"{now:%FT%TZ}"
+    return Stamp(run_id, device, gpu, driver, cuda, git_sha or _git_sha(), versions(), started_at)
 
 
 def find_device() -> Device:

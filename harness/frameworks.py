@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,7 +55,8 @@ def open_framework(name: str, device: Device) -> Framework:
     Raises:
         Unsupported: it sees no such device.
     """
-    return {"torch": _Torch, "jax": _Jax}[name](device)
+    kinds: dict[str, Callable[[Device], Framework]] = {"torch": _Torch, "jax": _Jax}
+    return kinds[name](device)
 
 
 def versions() -> str:

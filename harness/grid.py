@@ -48,13 +48,17 @@ class Block:
             value = getattr(self, field.name)
             if value is not None and not isinstance(value, (list, tuple)):
                 raise ValueError(f"{field.name}: expected a list, got {value!r}")
-        for name in (n for n in self.cases if not n.startswith("group:")):
+        for name in (n for n in self.cases if not str(n).startswith("group:")):
             if name not in CASES:
                 raise ValueError(unknown("case", name, CASES))
-        for name, known in (("inner_models", INNER_MODELS), ("dtypes", DTYPES), ("passes", PASSES)):
-            for value in getattr(self, name) or ():
+        for one, many, known in (
+            ("inner model", self.inner_models, INNER_MODELS),
+            ("dtype", self.dtypes, DTYPES),
+            ("pass", self.passes, PASSES),
+        ):
+            for value in many or ():
                 if value not in known:
-                    raise ValueError(unknown(name.removesuffix("s").removesuffix("e"), value, known))
+                    raise ValueError(unknown(one, value, known))
 
     def cells(self) -> Iterator[Cell]:
         """Every cell of the block; raises ValueError where an axis value fits no problem."""
@@ -112,16 +116,22 @@ def load(grid: str, overrides: Mapping[str, Sequence[Any] | None]) -> list[Cell]
                 cells[key] = cell._replace(passes=tuple(p for p in PASSES if p in passes))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path.name}, block {number}: {error}") from None
+    if not cells:
+        raise ValueError(f"{path.name}: expected at least one cell, none is left of {_text(given)}")
     return list(cells.values())
 
 
+def _text(given: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {' '.join(map(str, values))}" for name, values in given.items()) or "its blocks"
+
+
 def _resized(case: Case, tokens: int | None, mini_batch: int | None) -> Case:
-    changes = [f"T={tokens}"] * bool(tokens) + [f"M={mini_batch}"] * bool(mini_batch)
+    changes = [f"{axis}={size}" for axis, size in (("T", tokens), ("M", mini_batch)) if size is not None]
     if not changes:
         return case
     return replace(
         case,
         name=f"{case.name}:{','.join(changes)}",
-        tokens=tokens or case.tokens,
-        mini_batch=mini_batch or case.mini_batch,
+        tokens=case.tokens if tokens is None else tokens,
+        mini_batch=case.mini_batch if mini_batch is None else mini_batch,
     )

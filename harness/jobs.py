@@ -23,8 +23,8 @@ def save_truth(case: Case, problem: Problem, seed: int, device: Device, folder: 
     from spec import oracle
 
     inputs, cotangents = draw(case, problem, seed)
-    as_float64 = [[x.astype(np.float64) for x in tensors] for tensors in (inputs, cotangents)]
-    truth = oracle.run(*as_float64, problem, device, affordable_form(problem))
+    given, pulled = ([x.astype(np.float64) for x in tensors] for tensors in (inputs, cotangents))
+    truth = oracle.run(given, pulled, problem, device, affordable_form(problem))
     np.save(folder / "token_eta_scale.npy", truth.token_eta_scale.numpy())
     for prefix, tensors in (("", truth.outputs), ("d_", truth.gradients)):
         for name, tensor in zip(tensors._fields, tensors, strict=True):

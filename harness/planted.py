@@ -86,7 +86,7 @@ def _execute(file: str, name: str, edits: tuple[Edit, ...]) -> ModuleType:
         if edit.file == file:
             source = edit.apply(source)
     module = ModuleType(f"planted.{name}.{file}")
-    exec(compile(source, f"<planted {name}>/{file}.py", "exec"), vars(module))  # noqa: S102 (our own source)
+    exec(compile(source, f"<planted {name}>/{file}.py", "exec"), vars(module))  # our own source
     return module
 
 
@@ -100,9 +100,9 @@ def _scan(old: str, new: str, count: int = 1) -> tuple[Edit, ...]:
 
 def _pages(old: str, new: str, count: int = 1) -> tuple[Edit, ...]:
     """The same edit of both pages; `#` stands for the number of the last layer, 1 or 2."""
+    layers: dict[File, str] = {"ttt_linear": "1", "ttt_mlp": "2"}
     return tuple(
-        Edit(file, old.replace("#", layer), new.replace("#", layer), count)
-        for file, layer in (("ttt_linear", "1"), ("ttt_mlp", "2"))
+        Edit(file, old.replace("#", layer), new.replace("#", layer), count) for file, layer in layers.items()
     )
 
 
@@ -296,7 +296,7 @@ FAULTS: tuple[Fault, ...] = (
         "gelu-exact",
         "forward computes the exact gelu, its derivatives are of the tanh form",
         _blocks(
-            "return 0.5 * z * (1 + torch.tanh(_GELU_SCALE * (z + _GELU_CUBIC * z**3)))",
+            "return z * torch.sigmoid(_GELU_SCALE * (z + _GELU_CUBIC * z**3))",
             "return torch.nn.functional.gelu(z)",
         ),
         inner_models=("mlp",),
@@ -306,7 +306,7 @@ FAULTS: tuple[Fault, ...] = (
         "gelu-constants-truncated",
         "the official code and its ports: truncated constants in gelu', 4e-10 off",
         _blocks(
-            "slope = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * z**2)  # du/dz", "slope = 0.79788456 + 0.1070322243 * z**2"
+            "slope = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * z**2)  # dv/dz", "slope = 2 * (0.79788456 + 0.1070322243 * z**2)"
         ),
         inner_models=("mlp",),
         dtypes=("fp64",),

@@ -5,11 +5,10 @@ A row that claims something it cannot claim (passed without a time, failed witho
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from spec.problem import Dtype, InnerModel, MatmulPrecision, Pass
 
@@ -63,7 +62,7 @@ class ParityRow:
     versions: str
     started_at: str
 
-    KEY = ("implementation", "inner_model", "case", *SIZES)
+    KEY: ClassVar[tuple[str, ...]] = ("implementation", "inner_model", "case", *SIZES)
     KEY += ("causal", "dtype", "matmul_precision", "seed", "device", "tensor")
 
     def __post_init__(self) -> None:
@@ -126,7 +125,7 @@ class SweepRow:
     started_at: str
     device: Literal["cpu", "cuda"]
 
-    KEY = ("implementation", "inner_model", "case", "pass_", *SIZES)
+    KEY: ClassVar[tuple[str, ...]] = ("implementation", "inner_model", "case", "pass_", *SIZES)
     KEY += ("causal", "dtype", "matmul_precision", "cache", "device")
 
     def __post_init__(self) -> None:
@@ -139,7 +138,11 @@ class SweepRow:
             raise ValueError(f"device_ms: expected a positive time for status ok, got {self.device_ms!r}")
 
 
-Row = TypeVar("Row", ParityRow, SweepRow)
+Row = TypeVar("Row", bound=ParityRow | SweepRow)
+_HINTS: dict[type, dict[str, Any]] = {
+    row_type: {name: hint for name, hint in get_type_hints(row_type).items() if name != "KEY"}
+    for row_type in (ParityRow, SweepRow)
+}
 
 
 def columns(row_type: type[Row]) -> tuple[str, ...]:
@@ -159,7 +162,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def to_texts(row: ParityRow | SweepRow) -> list[str]:
     """The row as CSV fields: None is empty, booleans are true and false, floats keep every digit."""
-    return [_text(getattr(row, name), _kind(hint)) for name, hint in _hints(type(row)).items()]
+    return [_text(getattr(row, name), _kind(hint)) for name, hint in _HINTS[type(row)].items()]
 
 
 def from_texts(row_type: type[Row], texts: Iterable[str]) -> Row:
@@ -168,12 +171,12 @@ def from_texts(row_type: type[Row], texts: Iterable[str]) -> Row:
     Raises:
         ValueError: a field cannot be read as its column's type, or the row cannot be (see the row classes).
     """
-    hints = _hints(row_type)
+    hints = _HINTS[row_type]
     return row_type(**{name: _value(name, text, hints[name]) for name, text in zip(hints, texts, strict=False)})
 
 
 def _check(row: ParityRow | SweepRow) -> None:
-    for name, hint in _hints(type(row)).items():
+    for name, hint in _HINTS[type(row)].items():
         value = getattr(row, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ValueError(f"{name.rstrip('_')}: expected one of {', '.join(get_args(hint))}, got {value!r}")
@@ -183,12 +186,6 @@ def _check(row: ParityRow | SweepRow) -> None:
         raise ValueError(f"reason: expected one line for status {row.status}, got {row.reason!r}")
     if row.status == "ok" and not (row.error_ratio is not None and row.error_ratio <= 1):  # NaN is not <= 1
         raise ValueError(f"error_ratio: expected at most 1 for status ok, got {row.error_ratio!r}")
-
-
-@functools.cache
-def _hints(row_type: type) -> dict[str, Any]:
-    hints = get_type_hints(row_type)
-    return {field.name: hints[field.name] for field in fields(row_type)}
 
 
 def _kind(hint: Any) -> type:
@@ -201,7 +198,9 @@ def _text(value: Any, kind: type) -> str:
         return ""
     if kind is bool:
         return "true" if value else "false"
-    return {str: str, int: lambda number: str(operator.index(number)), float: lambda x: repr(float(x))}[kind](value)
+    if kind is int:
+        return str(operator.index(value))
+    return repr(float(value)) if kind is float else str(value)
 
 
 def _value(name: str, text: str, hint: Any) -> Any:

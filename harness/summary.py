@@ -13,7 +13,7 @@ def parity_table(rows: Iterable[ParityRow]) -> Table:
     """Implementation x dtype: how many tensors are right, and the worst error ratio with where it is."""
     cells: dict[tuple[str, str], list[ParityRow]] = {}
     for row in rows:
-        dtype = row.dtype if row.matmul_precision == "ieee" else row.matmul_precision
+        dtype: str = row.dtype if row.matmul_precision == "ieee" else row.matmul_precision
         cells.setdefault((row.implementation, dtype), []).append(row)
     dtypes = list(dict.fromkeys(dtype for _, dtype in cells))
     table = Table(title="tensors right / checked, and the worst error over what is allowed (pass: at most 1)")
@@ -31,7 +31,8 @@ def parity_failures(rows: Iterable[ParityRow], limit: int = 20) -> Iterator[str]
     cells: dict[tuple[str, ...], list[ParityRow]] = {}
     for row in rows:
         if row.status not in ("ok", "unsupported"):
-            cells.setdefault((row.implementation, row.inner_model, row.case, row.dtype, row.matmul_precision), []).append(row)
+            cell = row.implementation, row.inner_model, row.case, row.dtype, row.matmul_precision
+            cells.setdefault(cell, []).append(row)
     worst = [max(group, key=_severity) for group in cells.values()]
     for row in sorted(worst, key=_severity, reverse=True)[:limit]:
         yield f"{row.status}: {row.implementation} {row.inner_model} {row.case} {row.dtype}: {row.reason}"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from harness import jobs, parity, timing
+from harness import jobs, timing
 from harness.grid import Cell
 from harness.parity import Settings, cell_columns
 from harness.rows import ParityRow, SweepRow
@@ -132,5 +132,5 @@ def _cell_key_of(cell: Cell, settings: Settings) -> tuple[Any, ...]:
     return (*(columns[name] for name in _KEY), settings.stamp.device, cell.entry.source_hash())
 
 
-_KEY = ("implementation", "inner_model", "case", "batch", "tokens", "heads", "head_dim", "mini_batch")
+_KEY: tuple[str, ...] = ("implementation", "inner_model", "case", "batch", "tokens", "heads", "head_dim", "mini_batch")
 _KEY += ("causal", "dtype", "matmul_precision")

@@ -50,6 +50,7 @@ class Worker:
             self._start()
         assert self._connection is not None
         try:
+            os.truncate(self._log.name, 0)  # a crash is to be explained by the last words of this call
             self._connection.send((function, args))
             if not self._connection.poll(timeout):
                 self._kill()
@@ -83,7 +84,11 @@ class Worker:
         self._process = context.Process(
             target=_serve, args=(child, self._log.name, self._environment), daemon=True
         )
-        self._process.start()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is the parent's to handle
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         child.close()
 
     def _last_line(self) -> str:
@@ -92,7 +97,7 @@ class Worker:
 
 
 def _serve(connection: Connection, log: str, environment: Mapping[str, str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for its own children too
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -127,7 +127,7 @@ def select(names: Iterable[str] | None) -> list[Implementation]:
 def unknown(what: str, name: str, valid: Iterable[str]) -> str:
     """The message for a name that is not there: what came, the nearest valid one, all valid ones."""
     valid = list(valid)
-    near = difflib.get_close_matches(name, valid, 1)
+    near = difflib.get_close_matches(str(name), valid, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"unknown {what} {name!r}{hint}: expected one of {', '.join(valid)}"
 

@@ -165,7 +165,8 @@ def _dual(problem: Problem) -> Callable[..., tuple[torch.Tensor, Theta]]:
         zeros = [xk.new_zeros(*xk.shape[:-1], theta[f"b{layer}"].shape[-1]) for layer in range(1, layers + 1)]
         gradients, xs = grad(loss_of_shifts, has_aux=True)(zeros)
 
-        x, new_theta = xq, {}
+        new_theta: Theta = {}
+        x = xq
         for layer, (x_train, g) in enumerate(zip(xs, gradients, strict=True), 1):
             w, b = theta[f"w{layer}"], theta[f"b{layer}"].unsqueeze(-2)
             steps = (token_eta[..., -1:] * lr).unsqueeze(-1) * g

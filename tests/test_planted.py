@@ -53,9 +53,8 @@ def run_twice(page, case: str, inner_model: str, dtype: str) -> Result:
         named = outputs._asdict() | {f"d_{name}": d for name, d in gradients._asdict().items()}
         runs.append({name: tensor.clone() for name, tensor in named.items()})
     untouched = map(to_torch, drawn)
-    same = all(
-        torch.equal(x, y) for xs, ys in zip((inputs, cotangents), untouched, strict=True) for x, y in zip(xs, ys)
-    )
+    pairs = [pair for both in zip((inputs, cotangents), untouched, strict=True) for pair in zip(*both, strict=True)]
+    same = all(torch.equal(x, y) for x, y in pairs)
     return Result(runs[0], all(torch.equal(x, runs[1][name]) for name, x in runs[0].items()), same)
 
 

@@ -15,17 +15,17 @@ def fill_parity(folder):
         for tensor, ratio in (("out", 0.2), ("d_xq", 0.9), ("d_lr", 3.0), ("d_w1", float("nan"))):
             verdict = {} if ratio <= 1 else {"status": "wrong", "reason": "too far off"}
             row = parity_row(implementation=name, tensor=tensor, error_ratio=ratio, **verdict)
-            records.append(folder / "parity.csv", row)
+            records.append(folder / "parity.csv", [row])
     row = failed(parity_row, "unsupported", implementation="triton.best", tensor="")
-    records.append(folder / "parity.csv", row)
+    records.append(folder / "parity.csv", [row])
 
 
 def fill_sweep(folder, device="cpu"):
     for name in NAMES:
         for tokens in (64, 128):
             row = sweep_row(implementation=name, tokens=tokens, device=device, device_ms_p20=0.3, device_ms_p80=0.4)
-            records.append(folder / "sweep.csv", row)
-    records.append(folder / "sweep.csv", failed(sweep_row, implementation="jax.vmap", device=device))
+            records.append(folder / "sweep.csv", [row])
+    records.append(folder / "sweep.csv", [failed(sweep_row, implementation="jax.vmap", device=device)])
 
 
 def check(written, *names):
@@ -71,15 +71,15 @@ def test_the_title_counts_failing_cells(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("status", ["unsupported", "oom", "wrong"])
 def test_only_failed_rows(tmp_path, status):
-    records.append(tmp_path / "parity.csv", failed(parity_row, status))
-    records.append(tmp_path / "parity.csv", failed(parity_row, status, tensor="", implementation="jax.scan"))
-    records.append(tmp_path / "sweep.csv", failed(sweep_row, status))
+    records.append(tmp_path / "parity.csv", [failed(parity_row, status)])
+    records.append(tmp_path / "parity.csv", [failed(parity_row, status, tensor="", implementation="jax.scan")])
+    records.append(tmp_path / "sweep.csv", [failed(sweep_row, status)])
     check(plots.all_plots(tmp_path), "parity_matrix.png", "speedup_linear_forward.png")
 
 
 def test_one_case_causal_and_not_are_two_cells(tmp_path):
     for causal in (True, False):
-        records.append(tmp_path / "sweep.csv", sweep_row(causal=causal))
+        records.append(tmp_path / "sweep.csv", [sweep_row(causal=causal)])
     check(plots.sweep_plots(tmp_path), *SWEEP, "error_vs_time.png")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 
 import pytest
 
@@ -52,8 +53,8 @@ def test_columns_are_the_schema(row_type):
     ],
 )
 def test_rows_come_back_as_they_went(tmp_path, row):
-    records.append(tmp_path / "r.csv", row)
-    records.append(tmp_path / "r.csv", row)
+    records.append(tmp_path / "r.csv", [row])
+    records.append(tmp_path / "r.csv", [row])
     assert records.load(tmp_path / "r.csv", type(row)) == [row, row]
     assert len((tmp_path / "r.csv").read_text().splitlines()) == 3
 
@@ -81,7 +82,7 @@ def test_rows_that_cannot_be(make, changes, text):
 @pytest.mark.parametrize("torn", ["r2,torch.ea", "r2,torch.eager,linear\n", "r2,\N{EURO SIGN}"])
 def test_torn_last_line_is_dropped_and_said(tmp_path, caplog, torn):
     path = tmp_path / "parity.csv"
-    records.append(path, parity_row())
+    records.append(path, [parity_row()])
     sound = path.read_bytes()
     path.write_bytes(sound + torn.encode()[: None if torn.endswith("\n") else -1])
     with caplog.at_level(logging.WARNING):
@@ -90,18 +91,61 @@ def test_torn_last_line_is_dropped_and_said(tmp_path, caplog, torn):
     assert "parity.csv:3: dropped a torn last line" in caplog.text
 
 
+def test_several_rows_are_one_write_below_one_header(tmp_path, monkeypatch):
+    path, writes, write = tmp_path / "parity.csv", [], os.write
+    monkeypatch.setattr(records.os, "write", lambda handle, data: writes.append(data) or write(handle, data))
+    rows = [parity_row(seed=seed) for seed in range(3)]
+    records.append(path, rows)
+    records.append(path, [])
+    records.append(path, rows[:2])
+    assert len(writes) == 2 and path.read_bytes() == b"".join(writes)
+    assert records.load(path, ParityRow) == [*rows, *rows[:2]]
+
+
+def test_no_rows_make_no_file(tmp_path):
+    records.append(tmp_path / "parity.csv", [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_append_to_an_empty_file_writes_the_header(tmp_path):
+    (tmp_path / "parity.csv").touch()
+    records.append(tmp_path / "parity.csv", [parity_row()])
+    assert records.load(tmp_path / "parity.csv", ParityRow) == [parity_row()]
+
+
+def test_append_after_a_torn_header(tmp_path, caplog):
+    path = tmp_path / "sweep.csv"
+    path.write_text(",".join(records.columns(SweepRow)))  # whole but for its line break
+    with caplog.at_level(logging.WARNING):
+        records.append(path, [sweep_row(), sweep_row(batch=4)])
+    assert [row.batch for row in records.load(path, SweepRow)] == [2, 4]
+    assert "sweep.csv:1: dropped a torn last line" in caplog.text
+
+
+def test_append_cuts_off_a_torn_line_and_keeps_the_rest(tmp_path, caplog):
+    path = tmp_path / "parity.csv"
+    records.append(path, [parity_row(), parity_row(seed=1)])
+    sound = path.read_bytes()
+    path.write_bytes(sound + b"r2,torch.eager,li")
+    with caplog.at_level(logging.WARNING):
+        records.append(path, [parity_row(seed=2), parity_row(seed=3)])
+    assert path.read_bytes().startswith(sound)
+    assert [row.seed for row in records.load(path, ParityRow)] == [0, 1, 2, 3]
+    assert "parity.csv:4: dropped a torn last line (17 bytes)" in caplog.text
+
+
 def test_append_after_a_torn_line(tmp_path):
     path = tmp_path / "parity.csv"
     path.write_text("run_id,implem")
-    records.append(path, parity_row())
+    records.append(path, [parity_row()])
     path.write_bytes(path.read_bytes()[:-5])
-    records.append(path, parity_row(seed=1))
+    records.append(path, [parity_row(seed=1)])
     assert [row.seed for row in records.load(path, ParityRow)] == [1]
 
 
 def test_malformed_line_in_the_middle_has_file_and_line(tmp_path):
     path = tmp_path / "parity.csv"
-    records.append(path, parity_row())
+    records.append(path, [parity_row()])
     line = path.read_text().splitlines()[1]
     with path.open("a") as file:
         file.write(line.replace(",64,", ",sixty,", 1) + "\n" + line + "\n")
@@ -113,7 +157,7 @@ def test_malformed_line_in_the_middle_has_file_and_line(tmp_path):
 def test_foreign_header_is_refused_and_left_alone(tmp_path, text):
     path = tmp_path / "sweep.csv"
     path.write_text(text)
-    for use in (lambda: records.load(path, SweepRow), lambda: records.append(path, sweep_row())):
+    for use in (lambda: records.load(path, SweepRow), lambda: records.append(path, [sweep_row()])):
         with pytest.raises(ValueError, match=r"sweep.csv: columns missing run_id.*expected run_id,.*found"):
             use()
     assert path.read_text() == text
@@ -121,10 +165,10 @@ def test_foreign_header_is_refused_and_left_alone(tmp_path, text):
 
 def test_columns_of_a_newer_version(tmp_path):
     path = tmp_path / "sweep.csv"
-    records.append(path, sweep_row())
+    records.append(path, [sweep_row()])
     header, line = path.read_text().splitlines()
     path.write_text(f"{header},energy_j\n{line},3.5\n")
-    records.append(path, sweep_row(batch=4))
+    records.append(path, [sweep_row(batch=4)])
     assert [row.batch for row in records.load(path, SweepRow)] == [2, 4]
     with pytest.raises(ValueError, match="energy_j are of a newer version"):
         records.rewrite(path, [sweep_row()])
@@ -136,14 +180,14 @@ def test_latest_keeps_the_last_row_of_a_cell(tmp_path):
     changed = [parity_row(**{name: value}) for name, value in (("tensor", "d_xq"), ("seed", 1), ("device", "cuda"))]
     assert len(records.latest([parity_row(), *changed, parity_row(truth="dual")])) == 4
     for row in (first, other, again):
-        records.append(tmp_path / "sweep.csv", row)
+        records.append(tmp_path / "sweep.csv", [row])
     table = records.frame(tmp_path / "sweep.csv", SweepRow)
     assert list(table["device_ms"]) == [2.0, 1 / 3] and list(table["pass"]) == ["forward"] * 2
 
 
 def test_rewrite_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "parity.csv"
-    records.append(path, parity_row())
+    records.append(path, [parity_row()])
     records.rewrite(path, [parity_row(seed=seed) for seed in range(3)])
     before = path.read_bytes()
     assert [row.seed for row in records.load(path, ParityRow)] == [0, 1, 2]
@@ -161,7 +205,7 @@ def test_rewrite_is_all_or_nothing(tmp_path, monkeypatch):
 def test_short_write_is_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(records.os, "write", lambda handle, data: len(data) - 1)
     with pytest.raises(OSError, match="No space left on device.*parity.csv"):
-        records.append(tmp_path / "parity.csv", parity_row())
+        records.append(tmp_path / "parity.csv", [parity_row()])
 
 
 def test_results_folder(tmp_path):

@@ -160,26 +160,28 @@ def update_backward(
 
 
 # --- gelu, tanh form, with sqrt(2 / pi) itself ---
+# (1 + tanh u) / 2 is sigmoid(2 u): its derivative sigmoid(2 u) sigmoid(-2 u) does not cancel where 1 - tanh^2 would.
 
-_GELU_SCALE = math.sqrt(2 / math.pi)
+_GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
 
 
 def gelu(z: Tensor) -> Tensor:
-    """z (1 + tanh u) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3)."""
-    return 0.5 * z * (1 + torch.tanh(_GELU_SCALE * (z + _GELU_CUBIC * z**3)))
+    """z sigmoid(v) with v = 2 sqrt(2 / pi) (z + 0.044715 z^3)."""
+    return z * torch.sigmoid(_GELU_SCALE * (z + _GELU_CUBIC * z**3))
 
 
 def gelu_first(z: Tensor) -> Tensor:
     """gelu'(z)."""
-    t = torch.tanh(_GELU_SCALE * (z + _GELU_CUBIC * z**3))
-    slope = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * z**2)  # du/dz
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t**2) * slope
+    v = _GELU_SCALE * (z + _GELU_CUBIC * z**3)
+    slope = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * z**2)  # dv/dz
+    return torch.sigmoid(v) * (1 + z * torch.sigmoid(-v) * slope)
 
 
 def gelu_second(z: Tensor) -> Tensor:
     """gelu''(z): the outer gradient differentiates the inner one."""
-    t = torch.tanh(_GELU_SCALE * (z + _GELU_CUBIC * z**3))
+    v = _GELU_SCALE * (z + _GELU_CUBIC * z**3)
     slope = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * z**2)
-    bend = _GELU_SCALE * 6 * _GELU_CUBIC * z  # d2u/dz2
-    return (1 - t**2) * (slope + 0.5 * z * (bend - 2 * t * slope**2))
+    bend = _GELU_SCALE * 6 * _GELU_CUBIC * z  # d2v/dz2
+    s, s_other = torch.sigmoid(v), torch.sigmoid(-v)
+    return s * s_other * (2 * slope + z * (bend + (s_other - s) * slope**2))

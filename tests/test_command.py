@@ -1,0 +1,184 @@
+"""The command line from end to end, on the smallest cells: exit codes, files, and what it says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness import records
+from harness.__main__ import main
+from harness.records import ParityRow, SweepRow
+from spec.problem import INNER_MODELS, PASSES
+from spec.tensors import INPUTS, OUTPUTS
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--cases", "size-d16", "--inner-models", "linear", "--dtypes", "fp32", "--device", "cpu"]
+ENTRIES = """
+from implementations.registry import Implementation
+
+ENTRIES = [Implementation(f"ours.{name}", "torch", {"linear": f"ours_{name}"}) for name in ("wrong", "slow")]
+"""
+PAGE = """
+import time
+
+from implementations.torch.ttt_linear import backward, forward as genuine
+
+
+def forward(inputs, problem):
+    outputs, residuals = genuine(inputs, problem)
+    %s
+    return outputs, residuals
+"""
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Path:
+    """A folder with somebody else's package: `ours.wrong` spoils one element, `ours.slow` takes its time."""
+    folder = tmp_path_factory.mktemp("ours")
+    info = folder / "ours-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ours\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[ttt_lab.implementations]\nours = ours_entries:ENTRIES\n")
+    (folder / "ours_entries.py").write_text(ENTRIES)
+    (folder / "ours_wrong.py").write_text(PAGE % "outputs.out[1, 40, 1, 3] += 100")
+    (folder / "ours_slow.py").write_text(PAGE % "time.sleep(0.02)")
+    return folder
+
+
+def command(ours: Path, *arguments: str | Path) -> subprocess.Popen:
+    path = os.pathsep.join([str(ROOT), str(ours)])
+    return subprocess.Popen(
+        [sys.executable, "-m", "harness", *map(str, arguments)],
+        cwd=ours,
+        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "300"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    text, _ = process.communicate(timeout=120)
+    return process.returncode, text
+
+
+def test_parity_of_what_is_right_and_of_what_is_not_there(tmp_path, capsys):
+    arguments = ["parity", "--cases", "size-d16", "--dtypes", "fp32", "--implementations", "torch.eager,triton"]
+    assert main([*arguments, "--device", "cpu", "--results", str(tmp_path)]) == 0
+    rows = records.load(tmp_path / "parity.csv", ParityRow)
+    right = {(row.inner_model, row.tensor) for row in rows if row.implementation == "torch.eager"}
+    assert right == {
+        (inner_model, tensor)
+        for inner_model in INNER_MODELS
+        for tensor in (*OUTPUTS[inner_model]._fields, *(f"d_{name}" for name in INPUTS[inner_model]._fields))
+    }
+    for row in rows:
+        unwritten = row.implementation.startswith("triton.")
+        assert (row.status, row.reason) == (("unsupported", "not written yet") if unwritten else ("ok", ""))
+    assert {"parity.csv", "parity_matrix.png", "environment.json"} == {path.name for path in tmp_path.iterdir()}
+    said = capsys.readouterr().out
+    assert "not written yet" in said and "28 / 28" in said
+
+
+def test_parity_of_what_is_wrong_says_where(ours, tmp_path):
+    code, said = finish(command(ours, "parity", *TINY, "--implementations", "ours.wrong", "--results", tmp_path))
+    assert code == 1, said
+    failures = [line for line in said.splitlines() if line.startswith("wrong: ")]
+    assert len(failures) == 1, said
+    assert failures[0].startswith("wrong: ours.wrong linear size-d16 fp32: out: max error ")
+    assert failures[0].endswith("worst at (1, 40, 1, 3), diverges in mini-batch 2 of 4")
+    rows = [row for row in records.load(tmp_path / "parity.csv", ParityRow) if row.implementation == "ours.wrong"]
+    assert {row.tensor: row.status for row in rows if row.status != "ok"} == {"out": "wrong"} and len(rows) == 12
+    wrong = next(row for row in rows if row.tensor == "out")
+    assert (wrong.worst_index, wrong.diverging_mini_batch) == ("1 40 1 3", 2) and wrong.error_ratio > 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--implementations", "torch.eagre"], "unknown implementation 'torch.eagre' (did you mean torch.eager?)"),
+        (["--cases", "size-d61"], "unknown case 'size-d61' (did you mean size-d16?)"),
+        (["--dtypes", "fp8"], "unknown dtype 'fp8'"),
+        (["--grid", "nothing"], "unknown grid 'nothing'"),
+        (["--dtypes", "bf16", "--matmul-precisions", "tf32"], "none is left"),
+    ],
+)
+@pytest.mark.parametrize("name", ["parity", "sweep"])
+def test_a_mistake_in_the_command_is_one_line(tmp_path, capsys, name, arguments, message):
+    assert main([name, *arguments, "--results", str(tmp_path / "results")]) == 2
+    said = capsys.readouterr().out
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["parity", "sweep"])
+def test_a_results_folder_that_cannot_be_is_one_line(tmp_path, capsys, name):
+    (tmp_path / "results").write_text("a file in its place")
+    assert main([name, *TINY, "--results", str(tmp_path / "results")]) == 2
+    said = capsys.readouterr().out
+    assert "results cannot be written there" in said and str(tmp_path / "results") in said and said.count("\n") == 1
+    assert (tmp_path / "results").read_text() == "a file in its place"
+
+
+def test_results_of_another_version_are_left_alone(tmp_path, capsys):
+    (tmp_path / "parity.csv").write_text("somebody,else\n1,2\n")
+    assert main(["parity", *TINY, "--implementations", "triton", "--results", str(tmp_path)]) == 2
+    assert "parity.csv: columns missing run_id" in capsys.readouterr().out
+    assert (tmp_path / "parity.csv").read_text() == "somebody,else\n1,2\n"
+
+
+def interrupt_after_a_row(process: subprocess.Popen, path: Path) -> tuple[int, str]:
+    """Send Ctrl-C as a terminal does, to the children too, once `path` has a row."""
+    until = time.monotonic() + 120
+    while not (path.exists() and path.read_bytes().count(b"\n") > 1) and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    return finish(process)
+
+
+def test_a_sweep_interrupted_resumed_and_repeated(ours, tmp_path):
+    path, grid = tmp_path / "sweep.csv", tmp_path / "tiny.toml"
+    grid.write_text('[[block]]\ncases = ["size-d16"]\n')
+    arguments = "sweep", "--grid", grid, *TINY, "--implementations", "torch.eager,ours", "--results", tmp_path
+
+    code, said = interrupt_after_a_row(command(ours, *arguments), path)
+    kept = records.load(path, SweepRow)
+    assert code == 130 and "interrupted: every finished row is on disk" in said and "Traceback" not in said, said
+    assert 1 <= len(kept) < 9
+
+    code, said = finish(command(ours, *arguments))
+    rows = records.load(path, SweepRow)
+    assert code == 1 and f"9 timings, {9 - len(kept)} to do" in said, said
+    assert rows[: len(kept)] == kept and len(rows) == 9
+    check_sweep(rows)
+    plots = {"parity_matrix.png", "error_vs_time.png", "speedup_linear_forward.png"}
+    assert plots <= {each.name for each in tmp_path.iterdir()}
+
+    before = [(tmp_path / name).read_bytes() for name in ("sweep.csv", "parity.csv")]
+    code, said = finish(command(ours, *arguments))
+    assert code == 1 and "9 timings, 0 to do" in said, said
+    assert [(tmp_path / name).read_bytes() for name in ("sweep.csv", "parity.csv")] == before
+
+
+def check_sweep(rows: list[SweepRow]) -> None:
+    """What is right has times, what is wrong has none and says why."""
+    times = {}
+    for name in ("torch.eager", "ours.slow", "ours.wrong"):
+        assert [row.pass_ for row in rows if row.implementation == name] == list(PASSES)
+    for row in rows:
+        if row.implementation == "ours.wrong":
+            assert row.status == "wrong" and row.device_ms is None and row.host_ms is None and row.error_ratio > 1
+            assert row.reason.startswith("out: max error ") and "mini-batch 2 of 4" in row.reason
+        else:
+            assert row.status == "ok" and 0 < row.device_ms_p20 <= row.device_ms <= row.device_ms_p80
+            assert 0 < row.error_ratio <= 1 and row.flops > 0 and row.timer and row.samples >= 5
+            times[row.implementation, row.pass_] = row.device_ms
+    assert times["ours.slow", "forward"] >= 20 and times["ours.slow", "forward_backward"] >= 20
