@@ -306,7 +306,8 @@ FAULTS: tuple[Fault, ...] = (
         "gelu-constants-truncated",
         "the official code and its ports: truncated constants in gelu', 4e-10 off",
         _blocks(
-            "slope = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * z**2)  # dv/dz", "slope = 2 * (0.79788456 + 0.1070322243 * z**2)"
+            "slope = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * z**2)  # dv/dz",
+            "slope = 2 * (0.79788456 + 0.1070322243 * z**2)",
         ),
         inner_models=("mlp",),
         dtypes=("fp64",),

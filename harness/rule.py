@@ -27,7 +27,7 @@ CAP = {"fp64": 1e-13, "fp32": 5e-6, "fp16": 3e-3, "bf16": 2.5e-2}
 TF32_CAP = 2e-3  # tf32 keeps the 10 mantissa bits of fp16
 MAX_OVER_RMS = 4.0
 # The floor for one number. fp32 and fp64: sums of thousands of terms, whose order is free.
-FLOOR_ULPS = {"fp64": 8.0, "fp32": 8.0, "fp16": 2.0, "bf16": 2.0}
+FLOOR_ULPS = {"fp64": 16.0, "fp32": 16.0, "fp16": 2.0, "bf16": 2.0}
 
 
 class Errors(NamedTuple):
@@ -53,13 +53,16 @@ def caps(case: Case, problem: Problem) -> Errors:
     return Errors(MAX_OVER_RMS * rms, rms)
 
 
-def floor(check: TensorCheck, problem: Problem) -> Errors:
+def floor(check: TensorCheck, case: Case, problem: Problem) -> Errors:
     """A few ulps: what two right implementations may differ by through the order of their sums alone.
 
     The error of one number is a draw of luck, and the yardstick's may have been a lucky one; the RMS over many is
     not. So the floor shrinks as 1 / sqrt(count), to a sixteenth for the RMS and a quarter for the largest error.
     """
-    few = FLOOR_ULPS[problem.dtype] * (ULP["fp16"] if problem.matmul_precision == "tf32" else ULP[problem.dtype])
+    ulp = ULP["fp16"] if problem.matmul_precision == "tf32" else ULP[problem.dtype]
+    few = FLOOR_ULPS[problem.dtype] * ulp
+    if problem.accumulate_dtype == problem.dtype:  # else the sums are more precise than the ulp
+        few *= case.amplifies
     luck = max(1 / 16, max(check.count, 1) ** -0.5)
     return Errors(few * min(1.0, 4 * luck), few * luck)
 
@@ -69,7 +72,7 @@ def judge(check: TensorCheck, yardstick: TensorCheck | None, case: Case, problem
     if yardstick is None or yardstick.max_error is None or yardstick.rms_error is None:
         allowed = caps(case, problem)
     else:
-        least = floor(check, problem)
+        least = floor(check, case, problem)
         allowed = Errors(FACTOR * yardstick.max_error + least.max, FACTOR * yardstick.rms_error + least.rms)
     if check.max_error is None or check.rms_error is None:
         return Verdict(None, f"{check.tensor}: {check.fault}, the first at {check.worst_index}")
