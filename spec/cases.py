@@ -188,7 +188,12 @@ _STRESS = (
         adjust=functools.partial(_scale_views, factor=32.0),
         amplifies=8,
     ),
-    replace(_BASE, name="stress-tiny", about="views 1024 times smaller", adjust=functools.partial(_scale_views, factor=2.0**-10)),
+    replace(
+        _BASE,
+        name="stress-tiny",
+        about="views 1024 times smaller",
+        adjust=functools.partial(_scale_views, factor=2.0**-10),
+    ),
     replace(_BASE, name="stress-zero-lr", about="lr is 0: the fast weights never move", adjust=_zero_lr),
     replace(_BASE, name="stress-zeros-in-token-eta", about="some tokens read theta0", adjust=_zeros_in_token_eta),
     replace(
