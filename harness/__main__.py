@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -62,11 +62,12 @@ def _sweep(options: argparse.Namespace) -> int:
     folder, settings = _open(options)
     checked_path, path = folder / "parity.csv", folder / "sweep.csv"
     if options.fresh:
-        path.unlink(missing_ok=True)
-        checked_path.unlink(missing_ok=True)
-    left = sweep.unmeasured(cells, _load(path, SweepRow), settings)
+        _forget(path, SweepRow, cells, settings)
+        _forget(checked_path, ParityRow, cells, settings)
+    checked = _load(checked_path, ParityRow)
+    left = sweep.unmeasured(cells, _load(path, SweepRow), checked, settings)
     console.print(f"{sum(len(c.passes) for c in cells)} timings, {sum(len(c.passes) for c in left)} to do")
-    unchecked = sweep.unchecked(left, _load(checked_path, ParityRow), settings)
+    unchecked = sweep.unchecked(left, checked, settings)
     groups = parity.with_yardstick(unchecked)
     with _progress() as bar:
         task = bar.add_task("parity", total=sum(map(len, groups)))
@@ -80,8 +81,10 @@ def _sweep(options: argparse.Namespace) -> int:
             bar.update(task, advance=1, description=f"{row.implementation} {row.case} {row.pass_}")
     _finish(checked_path, ParityRow)
     _finish(path, SweepRow)
-    rows = _load(path, SweepRow)
+    rows = sweep.of_cells(_load(path, SweepRow), cells, settings.stamp.device)
     console.print(summary.sweep_table(rows, options.baseline))
+    for line in summary.sweep_unsupported(rows):
+        console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     _print_plots(plots.parity_plots(folder) + plots.sweep_plots(folder, baseline=options.baseline), path)
     return 1 if any(row.status not in ("ok", "unsupported") for row in rows) else 0
 
@@ -91,7 +94,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _cells(options: argparse.Namespace, passes: list[str] | None = None) -> list[grid.Cell]:
-    names = ("implementations", "cases", "inner_models", "dtypes", "matmul_precisions")
+    names = "implementations", "cases", "inner_models", "dtypes", "matmul_precisions", "tokens", "mini_batches"
     return grid.load(options.grid, {name: getattr(options, name) for name in names} | {"passes": passes})
 
 
@@ -99,12 +102,24 @@ def _open(options: argparse.Namespace) -> tuple[Path, Settings]:
     stamp = environment.stamp(options.device or environment.find_device(), options.git_sha)
     default = environment.ROOT / "results" / environment.folder_name(stamp)
     folder = records.results_folder(options.results or default)
+    for name, kind in (("parity.csv", ParityRow), ("sweep.csv", SweepRow)):
+        _load(folder / name, kind)  # refuses what could not be added to, before any work
     environment.save(folder, stamp, {name: value for name, value in vars(options).items() if name != "command"})
     return folder, Settings(stamp, options.seed, options.jobs or Settings.jobs, options.timeout)
 
 
 def _load(path: Path, kind: type[Row]) -> list[Row]:
     return records.load(path, kind) if path.exists() else []
+
+
+def _forget(path: Path, kind: type[Row], cells: Iterable[grid.Cell], settings: Settings) -> None:
+    """Take the rows of these cells out of the file; what is left replaces it at once."""
+    rows = _load(path, kind)
+    gone = set(map(id, sweep.of_cells(rows, cells, settings.stamp.device)))
+    if kept := [row for row in rows if id(row) not in gone]:
+        records.rewrite(path, kept)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _finish(path: Path, kind: type[Row]) -> None:
@@ -127,18 +142,27 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(name) for name in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers with commas between them, got {text!r}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness", description="TTT Lab: are kernels right, how fast?")
     commands = parser.add_subparsers(required=True, metavar="parity | sweep | doctor")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--implementations", type=_names, metavar="A,B", help="keys or folders: torch.eager,jax")
     common.add_argument("--cases", type=_names, metavar="A,B", help="case names or group:small|size|stress|named")
+    common.add_argument("--tokens", type=_integers, metavar="T,T", help="in place of the cases' own T")
+    common.add_argument("--mini-batches", type=_integers, metavar="M,M", help="in place of the cases' own M")
     common.add_argument("--inner-models", type=_names, metavar="A,B", help="linear,mlp")
     common.add_argument("--dtypes", type=_names, metavar="A,B", help="fp64,fp32,bf16,fp16")
     common.add_argument("--matmul-precisions", type=_names, metavar="A,B", help="of fp32: ieee,tf32")
     common.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     common.add_argument("--results", type=Path, metavar="DIR", help="default: results/<device>")
-    common.add_argument("--seed", type=int, default=0)
+    common.add_argument("--seed", type=int, default=0, help="of the inputs; times in sweep.csv are of the last seed")
     common.add_argument("--jobs", type=int, help="checks at once; default: the number of cores")
     common.add_argument("--git-sha", metavar="SHA", help="the commit, where the tree is a copy without .git")
     common.add_argument("--timeout", type=float, default=Settings.timeout, help="seconds for one call")
@@ -151,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--grid", default="default", metavar="NAME|FILE.toml", help="default, gpu or a file")
     command.add_argument("--passes", type=_names, metavar="A,B", help=",".join(PASSES))
     command.add_argument("--baseline", default="torch.eager", metavar="KEY", help="what speed-ups are relative to")
-    command.add_argument("--fresh", action="store_true", help="forget the rows that are there")
+    command.add_argument("--fresh", action="store_true", help="forget the rows of these cells first")
     command.set_defaults(command=_sweep)
 
     command = commands.add_parser("doctor", help="show that the checker catches planted faults")
