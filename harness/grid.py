@@ -3,6 +3,9 @@
 A block lists `cases` (names, or `group:small`), and may list `inner_models`, `dtypes`, `matmul_precisions`,
 `passes`, `tokens`, `mini_batches` (both in place of the case's own), `implementations`, or `all_but`
 (implementations to leave out). Grids ship in `harness/grids/`; a path to another TOML file works too.
+
+The command line replaces an axis in every block. Cases that it names come in their own sizes, since a block's sizes
+are meant for the block's cases; `--tokens` and `--mini-batches` say others.
 """
 
 from __future__ import annotations
@@ -84,7 +87,7 @@ class Block:
 
 
 def load(grid: str, overrides: Mapping[str, Sequence[Any] | None]) -> list[Cell]:
-    """The cells of a grid, each once; `overrides` replaces an axis in every block.
+    """The cells of a grid, each once; `overrides` replaces an axis in every block, `cases` the sizes with it.
 
     Raises:
         ValueError: there is no such grid, it is not TOML, or it names something unknown.
@@ -100,8 +103,11 @@ def load(grid: str, overrides: Mapping[str, Sequence[Any] | None]) -> list[Cell]
     if not isinstance(blocks, list) or not blocks:
         raise ValueError(f"{path.name}: expected at least one [[block]]")
     given = {name: value for name, value in overrides.items() if value is not None}
+    changes: dict[str, Any] = dict(given)
     if "implementations" in given:
-        given["all_but"] = ()
+        changes["all_but"] = ()
+    if "cases" in given:
+        changes = {"tokens": None, "mini_batches": None} | changes
     cells: dict[tuple[str, str, Problem], Cell] = {}
     for number, block in enumerate(blocks, 1):
         try:
@@ -110,7 +116,7 @@ def load(grid: str, overrides: Mapping[str, Sequence[Any] | None]) -> list[Cell]
                 raise ValueError(unknown("key", missing[0], names))
             if "cases" not in block:
                 raise ValueError("cases: expected a list of case names, got nothing")
-            for cell in replace(Block(**block), **given).cells():
+            for cell in replace(Block(**block), **changes).cells():
                 key = cell.entry.key, cell.case.name, cell.problem
                 passes = {*cell.passes, *(cells[key].passes if key in cells else ())}
                 cells[key] = cell._replace(passes=tuple(p for p in PASSES if p in passes))

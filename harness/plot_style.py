@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from harness.records import ParityRow, SweepRow, frame
+from harness.records import frame
+from harness.rows import ParityRow, SweepRow
 
 CPU_NOTE = "CPU run: for seeing that things work, not a performance claim"
 GREY, DPI = (0.84, 0.84, 0.84, 1.0), 130

@@ -5,22 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness.plot_parity import parity_matrix
-from harness.plot_style import FILES, read, styles
+from harness.plot_style import read, styles
 from harness.plot_sweep import PASS_WORDS, at_several_lengths, error_against_time, over_tokens, speedup
-
-
-def all_plots(folder: str | Path, baseline: str = "torch.eager") -> list[Path]:
-    """Draw whatever the folder has results for: parity, sweep or both.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    folder = Path(folder)
-    there = [name for name in FILES if (folder / name).exists()]
-    if not there:
-        raise ValueError(f"{folder}: expected {' or '.join(FILES)} to plot, found neither")
-    parity = parity_plots(folder) if "parity.csv" in there else []
-    return parity + (sweep_plots(folder, baseline) if "sweep.csv" in there else [])
 
 
 def parity_plots(folder: str | Path) -> list[Path]:

@@ -16,24 +16,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.rows import STATUSES, ParityRow, Row, SweepRow, columns, from_texts, key, latest, to_texts
+from harness.rows import ParityRow, Row, SweepRow, columns, from_texts, latest, to_texts
 
 if TYPE_CHECKING:
     import pandas
-
-__all__ = [
-    "STATUSES",
-    "ParityRow",
-    "SweepRow",
-    "append",
-    "columns",
-    "frame",
-    "key",
-    "latest",
-    "load",
-    "results_folder",
-    "rewrite",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +34,8 @@ def append(path: str | Path, rows: Sequence[ParityRow | SweepRow]) -> None:
     if not rows:
         return
     path, names = Path(path), columns(type(rows[0]))
-    header = _header(path, type(rows[0]))
-    newer = len(header) - len(names) if header else 0
-    data = "".join(_line(to_texts(row) + [""] * newer) for row in rows)
-    if not header:
+    data = "".join(_line(to_texts(row)) for row in rows)
+    if not _has_header(path, type(rows[0])):
         data = _line(names) + data
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -65,14 +49,12 @@ def append(path: str | Path, rows: Sequence[ParityRow | SweepRow]) -> None:
 def load(path: str | Path, row_type: type[Row]) -> list[Row]:
     """Every row of the file; a torn last line is cut off the file and logged.
 
-    Columns that a newer version added at the end are ignored.
-
     Raises:
-        ValueError: a column is missing or renamed, or a line cannot be read; the message has file and line.
+        ValueError: its columns are not those of `row_type`, or a line cannot be read; the message has file and line.
         OSError: it cannot be read.
     """
     lines = _whole_lines(Path(path), row_type)
-    width, rows = len(_split(lines[0])) if lines else 0, []
+    width, rows = len(columns(row_type)), []
     for number, line in enumerate(lines[1:], start=2):
         try:
             texts = _split(line)
@@ -96,20 +78,17 @@ def rewrite(path: str | Path, rows: Sequence[ParityRow | SweepRow]) -> None:
     """Replace the file by `rows` at once: a reader sees the old file or the new one.
 
     Raises:
-        ValueError: no rows, or the file has columns of a newer version, which would be lost.
+        ValueError: no rows, or the file has other columns.
         OSError: it cannot be written; the old file is untouched.
     """
     path = Path(path)
     if not rows:
         raise ValueError(f"{path}: expected at least one row to write, got none")
-    names = columns(type(rows[0]))
-    lines = _whole_lines(path, type(rows[0])) if path.exists() else []
-    if lines and (newer := _split(lines[0])[len(names) :]):
-        raise ValueError(f"{path}: columns {', '.join(newer)} are of a newer version and would be lost")
+    _has_header(path, type(rows[0]))
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("w", encoding="utf-8", newline="") as file:
-            file.writelines([_line(names), *(_line(to_texts(row)) for row in rows)])
+            file.writelines([_line(columns(type(rows[0]))), *(_line(to_texts(row)) for row in rows)])
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -133,20 +112,18 @@ def results_folder(path: str | Path) -> Path:
     return path
 
 
-def _header(path: Path, row_type: type[Row]) -> list[str]:
-    """The columns of a file that may be appended to; empty if it is new. A torn last line is cut off first."""
+def _has_header(path: Path, row_type: type[Row]) -> bool:
+    """Whether a file is there that may be appended to, not a new one. A torn last line is cut off first."""
     if not path.exists() or not path.stat().st_size:
-        return []
+        return False
     with path.open("rb") as file:
         header = file.readline()
         file.seek(-1, os.SEEK_END)
         whole = file.read() == b"\n"
     if not whole:
-        lines = _whole_lines(path, row_type)
-        return _split(lines[0]) if lines else []
-    found = _split(header.decode(errors="replace").rstrip("\n"))
-    _check_header(path, found, list(columns(row_type)))
-    return found
+        return bool(_whole_lines(path, row_type))
+    _check_header(path, _split(header.decode(errors="replace").rstrip("\n")), list(columns(row_type)))
+    return True
 
 
 def _whole_lines(path: Path, row_type: type[Row]) -> list[str]:
@@ -169,10 +146,13 @@ def _whole_lines(path: Path, row_type: type[Row]) -> list[str]:
 
 
 def _check_header(path: Path, found: list[str], expected: list[str]) -> None:
-    if found[: len(expected)] == expected:
+    if found == expected:
         return
     missing = [name for name in expected if name not in found]
-    detail = f"missing {', '.join(missing)}" if missing else "in another order"
+    unknown = [name for name in found if name not in expected]
+    detail = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
+    if not missing and not unknown:
+        detail = "in another order"
     raise ValueError(f"{path}: columns {detail}: expected {','.join(expected)}, found {','.join(found)}")
 
 

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 from spec.problem import Dtype, InnerModel, MatmulPrecision, Pass
 
 Status = Literal["ok", "unsupported", "oom", "timeout", "crash", "error", "wrong"]
-STATUSES: tuple[Status, ...] = get_args(Status)
 SIZES = ("batch", "tokens", "heads", "head_dim", "mini_batch")
 
 
@@ -166,13 +165,13 @@ def to_texts(row: ParityRow | SweepRow) -> list[str]:
 
 
 def from_texts(row_type: type[Row], texts: Iterable[str]) -> Row:
-    """The row that `to_texts` made these fields from; fields beyond its columns are ignored.
+    """The row that `to_texts` made these fields from.
 
     Raises:
         ValueError: a field cannot be read as its column's type, or the row cannot be (see the row classes).
     """
     hints = _HINTS[row_type]
-    return row_type(**{name: _value(name, text, hints[name]) for name, text in zip(hints, texts, strict=False)})
+    return row_type(**{name: _value(name, text, hints[name]) for name, text in zip(hints, texts, strict=True)})
 
 
 def _check(row: ParityRow | SweepRow) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from harness.rows import ParityRow, SweepRow
 
 
 def parity_table(rows: Iterable[ParityRow]) -> Table:
-    """Implementation x dtype: how many tensors are right, and the worst error ratio with where it is."""
+    """Implementation × dtype: how many tensors are right, and the worst error ratio with where it is."""
     cells: dict[tuple[str, str], list[ParityRow]] = {}
     for row in rows:
         dtype: str = row.dtype if row.matmul_precision == "ieee" else row.matmul_precision
         cells.setdefault((row.implementation, dtype), []).append(row)
     dtypes = list(dict.fromkeys(dtype for _, dtype in cells))
-    table = Table(title="tensors right / checked, and the worst error over what is allowed (pass: at most 1)")
-    table.add_column("implementation")
+    table = _table("tensors right/checked, and the worst error over the allowed one (at most 1)")
+    table.add_column("implementation", no_wrap=True)
     for dtype in dtypes:
         table.add_column(dtype)
     for implementation in dict.fromkeys(name for name, _ in cells):
@@ -41,46 +45,74 @@ def parity_failures(rows: Iterable[ParityRow], limit: int = 20) -> Iterator[str]
 
 
 def sweep_table(rows: Iterable[SweepRow], baseline: str) -> Table:
-    """Implementation x (case, pass): the time, and how many times faster than the baseline."""
-    rows = list(rows)
-    keyed = {(row.implementation, *_column(row)): row for row in rows}
-    columns = list(dict.fromkeys(_column(row) for row in rows))
-    implementations = list(dict.fromkeys(row.implementation for row in rows))
-    table = Table(title=f"median ms of one call (times faster than {baseline})")
-    for name in ("inner", "case", "dtype", "pass", *implementations):
-        table.add_column(name)
-    for column in columns:
-        base = keyed.get((baseline, *column))
-        table.add_row(*column, *(_sweep_cell(keyed.get((name, *column)), base) for name in implementations))
+    """(Case, pass) × implementation: the time, and how many times faster than the baseline.
+
+    What is unsupported throughout has no column: `sweep_unsupported` names it.
+    """
+    keyed = {(row.implementation, *_cell(row)): row for row in rows}
+    implementations = dict.fromkeys(row.implementation for row in keyed.values() if row.status != "unsupported")
+    table = _table(f"median ms of one call, and how many times faster than {baseline}")
+    for name in ("inner", "case", "dtype", "pass"):
+        table.add_column(name, no_wrap=name != "case", overflow="fold")
+    for name in implementations:
+        table.add_column(name.replace(".", ".\n"), overflow="fold")  # a number is never cut
+    for cell in dict.fromkeys(_cell(row) for row in keyed.values()):
+        base = keyed.get((baseline, *cell))
+        inner, case, *others = cell
+        table.add_row(inner, case.replace(":", "\n"), *others, *(_sweep_cell(keyed.get((name, *cell)), base) for name in implementations))
     return table
 
 
-def _column(row: SweepRow) -> tuple[str, str, str, str]:
+def sweep_unsupported(rows: Iterable[SweepRow]) -> Iterator[str]:
+    """One line that names the implementations that are unsupported throughout, and why; none where all ran."""
+    of: dict[str, list[SweepRow]] = {}
+    for row in rows:
+        of.setdefault(row.implementation, []).append(row)
+    names: dict[str, list[str]] = {}
+    for name, group in of.items():
+        if all(row.status == "unsupported" for row in group):
+            names.setdefault(", ".join(dict.fromkeys(row.reason for row in group)), []).append(name)
+    if names:
+        yield "unsupported: " + "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in names.items())
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+
+
+def _cell(row: SweepRow) -> tuple[str, str, str, str]:
     dtype = row.dtype if row.matmul_precision == "ieee" else row.matmul_precision
-    return row.inner_model, row.case, dtype, row.pass_
+    return row.inner_model, row.case, dtype, row.pass_.replace("forward_backward", "fwd+bwd")
 
 
-def _sweep_cell(row: SweepRow | None, base: SweepRow | None) -> str:
+def _sweep_cell(row: SweepRow | None, base: SweepRow | None) -> Text:
     if row is None:
-        return ""
+        return Text()
     if row.device_ms is None:
-        return f"[dim]{row.status}[/]"
-    ratio = f" ({base.device_ms / row.device_ms:.2f}x)" if base and base.device_ms else ""
-    return f"{row.device_ms:.3g}{ratio}"
+        return Text(row.status, style="dim")
+    ratio = f"\n{base.device_ms / row.device_ms:.2f}x" if base and base.device_ms else ""
+    return Text.assemble(f"{row.device_ms:.3g}", (ratio, "dim"))
 
 
-def _parity_cell(rows: list[ParityRow]) -> str:
+def _parity_cell(rows: list[ParityRow]) -> RenderableType:
+    """How many are right and the worst ratio; below, in one line, where that is."""
     if not rows:
         return ""
     run = [row for row in rows if row.status != "unsupported"]
     if not run:
-        return f"[dim]{rows[0].reason}[/]"
+        return Text(rows[0].reason, style="dim")
     right = sum(row.status == "ok" for row in run)
     worst = max(run, key=_severity)
     ratio = f"{worst.error_ratio:.2g}" if worst.error_ratio is not None else worst.status
-    colour = "green" if right == len(run) else "red"
-    return f"[{colour}]{right} / {len(run)}[/] {ratio} [dim]{worst.tensor} of {worst.inner_model} {worst.case}[/]"
+    where = f"{worst.tensor} {worst.inner_model} {worst.case}".lstrip()
+    return Group(
+        Text.assemble((f"{right}/{len(run)}", "green" if right == len(run) else "red"), f"  worst {ratio}"),
+        Text(where, style="dim", no_wrap=True, overflow="ellipsis"),
+    )
 
 
 def _severity(row: ParityRow) -> float:
-    return float("inf") if row.error_ratio is None and row.status != "unsupported" else row.error_ratio or 0.0
+    """For ordering: no number and NaN are as bad as it gets."""
+    if row.error_ratio is None:
+        return 0.0 if row.status == "unsupported" else math.inf
+    return math.inf if math.isnan(row.error_ratio) else row.error_ratio

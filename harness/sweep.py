@@ -1,7 +1,8 @@
 """Time implementations over a grid: parity first, one implementation at a time, every row on disk as it is made.
 
-A cell whose implementation, spec, package versions and GPU are those of a row that is there already is not
-measured again: the same command resumes.
+A cell whose implementation, spec, package versions and GPU are those of a row that is there already, and that was
+checked with this seed, is not measured again: the same command resumes. Times do not depend on the numbers, so
+`sweep.csv` has one row for a cell, whatever the seed.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 from harness import jobs, timing
 from harness.grid import Cell
 from harness.parity import Settings, cell_columns
-from harness.rows import ParityRow, SweepRow
+from harness.rows import ParityRow, Row, SweepRow
 from harness.worker import Failure, Worker
+from implementations.registry import Device
 from spec.cost import bytes_min, flops
 from spec.problem import Pass
 
@@ -28,18 +30,29 @@ def unchecked(cells: Iterable[Cell], rows: Iterable[ParityRow], settings: Settin
     return [cell for cell in cells if _cell_key_of(cell, settings) not in known]
 
 
-def unmeasured(cells: Iterable[Cell], rows: Iterable[SweepRow], settings: Settings) -> list[Cell]:
-    """The cells, each with the passes that have no row of this code on this machine."""
+def unmeasured(
+    cells: Iterable[Cell], rows: Iterable[SweepRow], checked: Iterable[ParityRow], settings: Settings
+) -> list[Cell]:
+    """The cells, each with the passes that have no row of this code on this machine; all, if it is unchecked."""
+    cells = list(cells)
+    afresh = {_cell_key_of(cell, settings) for cell in unchecked(cells, checked, settings)}
     known = {
         (*_cell_key(row), row.pass_) for row in rows if _is_current(row, settings) and row.gpu == settings.stamp.gpu
     }
     left = []
     for cell in cells:
         key = _cell_key_of(cell, settings)
-        passes = tuple(pass_ for pass_ in cell.passes if (*key, pass_) not in known)
+        passes = tuple(pass_ for pass_ in cell.passes if key in afresh or (*key, pass_) not in known)
         if passes:
             left.append(cell._replace(passes=passes))
     return left
+
+
+def of_cells(rows: Iterable[Row], cells: Iterable[Cell], device: Device) -> list[Row]:
+    """The rows of these cells on `device`, of whatever code and seed; of a sweep, those of the cells' passes."""
+    passes = {_place_of(cell, device): cell.passes for cell in cells}
+    found = ((row, passes.get(_place(row))) for row in rows)
+    return [row for row, of in found if of is not None and (not isinstance(row, SweepRow) or row.pass_ in of)]
 
 
 def run(cells: Iterable[Cell], checked: Iterable[ParityRow], settings: Settings) -> Iterator[SweepRow]:
@@ -124,12 +137,20 @@ def _is_current(row: ParityRow | SweepRow, settings: Settings) -> bool:
 
 
 def _cell_key(row: ParityRow | SweepRow) -> tuple[Any, ...]:
-    return (*(getattr(row, name) for name in _KEY), row.device, row.source_hash)
+    return (*_place(row), row.source_hash)
 
 
 def _cell_key_of(cell: Cell, settings: Settings) -> tuple[Any, ...]:
+    return (*_place_of(cell, settings.stamp.device), cell.entry.source_hash())
+
+
+def _place(row: ParityRow | SweepRow) -> tuple[Any, ...]:
+    return (*(getattr(row, name) for name in _KEY), row.device)
+
+
+def _place_of(cell: Cell, device: Device) -> tuple[Any, ...]:
     columns = cell_columns(cell)
-    return (*(columns[name] for name in _KEY), settings.stamp.device, cell.entry.source_hash())
+    return (*(columns[name] for name in _KEY), device)
 
 
 _KEY: tuple[str, ...] = ("implementation", "inner_model", "case", "batch", "tokens", "heads", "head_dim", "mini_batch")

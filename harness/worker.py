@@ -48,20 +48,20 @@ class Worker:
             raise Failure("crash", "stopped by the user")
         if self._process is None:
             self._start()
-        assert self._connection is not None
+        process, connection = self._process, self._connection
+        assert connection is not None
         try:
             os.truncate(self._log.name, 0)  # a crash is to be explained by the last words of this call
-            self._connection.send((function, args))
-            if not self._connection.poll(timeout):
+            connection.send((function, args))
+            if not connection.poll(timeout):
                 self._kill()
                 raise Failure("timeout", f"no result after {timeout:g} s")
-            status, value = self._connection.recv()
+            status, value = connection.recv()
         except (EOFError, OSError) as error:
-            self._process.join(5)
-            code, last = self._process.exitcode, self._last_line()
+            process.join(5)
+            died, last = _end(process.exitcode), self._last_line()
             self._kill()
-            died = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
-            raise Failure("crash", f"the process died with {died}{': ' + last if last else ''}") from error
+            raise Failure("crash", f"the process {died}{': ' + last if last else ''}") from error
         if status != "ok":
             raise Failure(status, value)
         return value
@@ -92,8 +92,21 @@ class Worker:
         child.close()
 
     def _last_line(self) -> str:
-        lines = Path(self._log.name).read_text(errors="replace").split("\n")
+        try:
+            lines = Path(self._log.name).read_text(errors="replace").split("\n")
+        except OSError:  # closed meanwhile, by another thread
+            return ""
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _end(code: int | None) -> str:
+    """How a process with this exit code ended; None: it did not, or nobody can tell."""
+    if code is None:
+        return "hung up without an exit code"
+    if code >= 0:
+        return f"died with exit code {code}"
+    names = {each.value: each.name for each in signal.Signals}
+    return f"died with signal {names.get(-code, -code)}"  # the real-time signals have no names
 
 
 def _serve(connection: Connection, log: str, environment: Mapping[str, str]) -> None:

@@ -88,7 +88,7 @@ class Implementation:
                 }
         digest = hashlib.sha256()
         for path in sorted(files):
-            digest.update("/".join(path.parts[-3:]).encode() + path.read_bytes())
+            digest.update("/".join(path.parts[-2:]).encode() + path.read_bytes())
         return digest.hexdigest()[:12]
 
 

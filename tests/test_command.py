@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from harness import records
-from harness.__main__ import main
-from harness.records import ParityRow, SweepRow
+from harness.command import main
+from harness.rows import ParityRow, SweepRow
 from spec.problem import INNER_MODELS, PASSES
 from spec.tensors import INPUTS, OUTPUTS
 
@@ -84,7 +84,7 @@ def test_parity_of_what_is_right_and_of_what_is_not_there(tmp_path, capsys):
         assert (row.status, row.reason) == (("unsupported", "not written yet") if unwritten else ("ok", ""))
     assert {"parity.csv", "parity_matrix.png", "environment.json"} == {path.name for path in tmp_path.iterdir()}
     said = capsys.readouterr().out
-    assert "not written yet" in said and "28 / 28" in said
+    assert "not written yet" in said and "28/28" in said
 
 
 def test_parity_of_what_is_wrong_says_where(ours, tmp_path):
@@ -127,11 +127,22 @@ def test_a_results_folder_that_cannot_be_is_one_line(tmp_path, capsys, name):
     assert (tmp_path / "results").read_text() == "a file in its place"
 
 
-def test_results_of_another_version_are_left_alone(tmp_path, capsys):
-    (tmp_path / "parity.csv").write_text("somebody,else\n1,2\n")
-    assert main(["parity", *TINY, "--implementations", "triton", "--results", str(tmp_path)]) == 2
-    assert "parity.csv: columns missing run_id" in capsys.readouterr().out
-    assert (tmp_path / "parity.csv").read_text() == "somebody,else\n1,2\n"
+@pytest.mark.parametrize("file", ["parity.csv", "sweep.csv"])
+@pytest.mark.parametrize("name", ["parity", "sweep"])
+def test_results_of_another_version_are_left_alone_before_any_work(tmp_path, capsys, name, file):
+    (tmp_path / file).write_text("somebody,else\n1,2\n")
+    assert main([name, *TINY, "--implementations", "torch.eager", "--results", str(tmp_path)]) == 2
+    said = capsys.readouterr().out
+    assert f"{file}: columns missing run_id" in said and said.count("\n") == 1
+    assert (tmp_path / file).read_text() == "somebody,else\n1,2\n"
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+
+
+@pytest.mark.parametrize("text", ["1k", "64,", ""])
+def test_a_size_that_is_no_integer(capsys, text):
+    with pytest.raises(SystemExit, match="2"):
+        main(["parity", "--tokens", text])
+    assert f"--tokens: expected integers with commas between them, got {text!r}" in capsys.readouterr().err
 
 
 def interrupt_after_a_row(process: subprocess.Popen, path: Path) -> tuple[int, str]:
@@ -166,6 +177,29 @@ def test_a_sweep_interrupted_resumed_and_repeated(ours, tmp_path):
     code, said = finish(command(ours, *arguments))
     assert code == 1 and "9 timings, 0 to do" in said, said
     assert [(tmp_path / name).read_bytes() for name in ("sweep.csv", "parity.csv")] == before
+    check_some_of_them_again(ours, tmp_path, grid, rows)
+
+
+def check_some_of_them_again(ours: Path, folder: Path, grid: Path, rows: list[SweepRow]) -> None:
+    """What a command does not name is not judged, shown or forgotten; another seed is another check."""
+    arguments = "sweep", "--grid", grid, *TINY, "--implementations", "torch.eager", "--results", folder
+    arguments = *arguments, "--passes", "forward"
+    code, said = finish(command(ours, *arguments))
+    assert code == 0 and "1 timings, 0 to do" in said and "wrong" not in said and "fwd+bwd" not in said, said
+
+    code, said = finish(command(ours, *arguments, "--fresh"))
+    assert code == 0 and "1 timings, 1 to do" in said, said
+    again = records.load(folder / "sweep.csv", SweepRow)
+    assert again[:-1] == rows[1:] and again[-1].run_id != rows[0].run_id
+    checked = records.load(folder / "parity.csv", ParityRow)
+    assert [row.implementation for row in checked].count("ours.wrong") == 12
+
+    code, said = finish(command(ours, *arguments, "--seed", "1"))
+    assert code == 0 and "1 timings, 1 to do" in said, said
+    assert len(records.load(folder / "sweep.csv", SweepRow)) == len(rows)
+    assert {row.seed for row in records.load(folder / "parity.csv", ParityRow)} == {0, 1}
+    code, said = finish(command(ours, *arguments, "--seed", "1"))
+    assert code == 0 and "1 timings, 0 to do" in said, said
 
 
 def check_sweep(rows: list[SweepRow]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -56,11 +55,9 @@ def test_no_driver_is_a_cpu(monkeypatch):
     assert environment.find_device() == "cpu"
 
 
-def test_environment_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["harness", "parity", "--cases", "size-d16"])
-    environment.save(tmp_path, STAMP, {"cases": ["size-d16"], "results": Path("a/b"), "dtypes": None})
+def test_environment_file(tmp_path):
+    environment.save(tmp_path, STAMP, {"cases": ["size-d16"], "grid": Path("a/b"), "dtypes": None})
     content = json.loads((tmp_path / "environment.json").read_text())
     assert {name: content[name] for name in asdict(STAMP)} == asdict(STAMP)
-    assert content["command"] == "python -m harness parity --cases size-d16"
-    assert content["arguments"] == {"cases": ["size-d16"], "results": "a/b"}
+    assert content["arguments"] == {"cases": ["size-d16"], "grid": "a/b"}
     assert content["python"].count(".") == 2 and content["cores"] >= 1 and content["platform"] and content["processor"]

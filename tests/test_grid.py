@@ -91,6 +91,23 @@ def test_other_sizes_are_another_case(grid):
     assert all(cell.case.tokens == cell.problem.tokens for cell in cells)
 
 
+SCALING = '[[block]]\ncases = ["size-d32-m32"]\nimplementations = ["torch.eager"]\ntokens = [32, 64]\n'
+SCALING += 'mini_batches = [16, 32]\ndtypes = ["fp32"]\ninner_models = ["linear"]\n'
+
+
+@pytest.mark.parametrize(
+    "overrides, names",
+    [
+        ({"cases": ["size-d16"]}, ["size-d16"]),
+        ({"cases": ["size-d16"], "tokens": [32], "mini_batches": None}, ["size-d16:T=32"]),
+        ({"tokens": [96]}, ["size-d32-m32:T=96,M=16", "size-d32-m32:T=96,M=32"]),
+        ({"mini_batches": [8]}, ["size-d32-m32:T=32,M=8", "size-d32-m32:T=64,M=8"]),
+    ],
+)
+def test_cases_of_the_command_line_come_in_their_own_sizes(grid, overrides, names):
+    assert [cell.case.name for cell in grid(SCALING + SCALING, **overrides)] == names
+
+
 def test_duplicates_are_merged_with_the_passes_of_both(grid):
     block = '[[block]]\ncases = ["size-d16", "size-d16"]\nimplementations = ["torch.eager", "torch.eager"]\n'
     block += 'dtypes = ["fp32"]\ninner_models = ["linear"]\n'

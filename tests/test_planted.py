@@ -9,8 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from harness import doctor
 from harness.planted import FAULTS, Edit, Fault, load
+from harness.worker import Failure
 from implementations.torch import ttt_linear, ttt_mlp
 from spec import oracle
 from spec.cases import CASES, draw
@@ -123,6 +126,19 @@ def test_a_page_that_changed_under_an_edit_raises():
     fault = Fault("ambiguous", "", (Edit("scan", "zip(", "zip  (", 2),))
     with pytest.raises(ValueError, match=r"scan.py: expected 'zip\(' 2 times, found "):
         load(fault, "linear")
+
+
+def test_the_doctor_says_what_became_of_the_genuine_pages(monkeypatch, capsys):
+    def call(worker, function, name, timeout):
+        if name is None:
+            raise Failure("crash", "the process died with signal SIGKILL")
+        return {"linear size-d16 fp32": "out: far off"}
+
+    monkeypatch.setattr(doctor.Worker, "call", call)
+    assert doctor.main(Console()) == 1
+    said = capsys.readouterr().out
+    assert "the genuine page was rejected on all of its cells: the process died with signal SIGKILL" in said
+    assert f"caught {len(FAULTS)} of {len(FAULTS)}" in said
 
 
 def test_an_inner_model_without_the_fault_raises():

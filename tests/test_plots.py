@@ -4,6 +4,7 @@ import pytest
 
 from harness import plots, records
 from harness.plot_style import styles
+from harness.rows import SweepRow, columns
 from tests.test_records import failed, parity_row, sweep_row
 
 PNG = b"\x89PNG\r\n"
@@ -40,16 +41,16 @@ SWEEP = ["time_vs_tokens_linear_forward.png", "throughput_vs_tokens_linear_forwa
 def test_a_folder_with_both(tmp_path, device):
     fill_parity(tmp_path)
     fill_sweep(tmp_path, device)
-    check(plots.all_plots(tmp_path), "parity_matrix.png", *SWEEP, "error_vs_time.png")
+    check(plots.parity_plots(tmp_path) + plots.sweep_plots(tmp_path), "parity_matrix.png", *SWEEP, "error_vs_time.png")
 
 
 def test_a_folder_with_one_of_the_two(tmp_path):
     (tmp_path / "parity").mkdir()
     fill_parity(tmp_path / "parity")
-    check(plots.all_plots(tmp_path / "parity"), "parity_matrix.png")
+    check(plots.parity_plots(tmp_path / "parity"), "parity_matrix.png")
     (tmp_path / "sweep").mkdir()
     fill_sweep(tmp_path / "sweep")
-    check(plots.all_plots(tmp_path / "sweep", baseline="not.there"), *SWEEP, "error_vs_time.png")
+    check(plots.sweep_plots(tmp_path / "sweep", baseline="not.there"), *SWEEP, "error_vs_time.png")
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", True), ("cuda", False)])
@@ -74,7 +75,8 @@ def test_only_failed_rows(tmp_path, status):
     records.append(tmp_path / "parity.csv", [failed(parity_row, status)])
     records.append(tmp_path / "parity.csv", [failed(parity_row, status, tensor="", implementation="jax.scan")])
     records.append(tmp_path / "sweep.csv", [failed(sweep_row, status)])
-    check(plots.all_plots(tmp_path), "parity_matrix.png", "speedup_linear_forward.png")
+    written = plots.parity_plots(tmp_path) + plots.sweep_plots(tmp_path)
+    check(written, "parity_matrix.png", "speedup_linear_forward.png")
 
 
 def test_one_case_causal_and_not_are_two_cells(tmp_path):
@@ -84,11 +86,9 @@ def test_one_case_causal_and_not_are_two_cells(tmp_path):
 
 
 def test_nothing_to_plot(tmp_path):
-    with pytest.raises(ValueError, match=r"expected parity.csv or sweep.csv to plot, found neither"):
-        plots.all_plots(tmp_path)
     with pytest.raises(ValueError, match=r"parity.csv: expected a file with results to plot, no file"):
         plots.parity_plots(tmp_path)
-    (tmp_path / "sweep.csv").write_text(",".join(records.columns(records.SweepRow)) + "\n")
+    (tmp_path / "sweep.csv").write_text(",".join(columns(SweepRow)) + "\n")
     with pytest.raises(ValueError, match=r"sweep.csv: expected a file with results to plot, no rows"):
         plots.sweep_plots(tmp_path)
 

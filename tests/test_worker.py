@@ -113,6 +113,23 @@ def test_a_signal_is_a_crash_with_its_name_and_the_next_call_works(shared, numbe
     assert shared.call(add, 2, 3, timeout=TIMEOUT) == 5
 
 
+def test_a_signal_without_a_name_is_a_crash_with_its_number(shared):
+    number = signal.SIGRTMIN + 1
+    assert failure(shared, kill_oneself, number).reason == f"the process died with signal {int(number)}"
+
+
+def test_a_child_that_somebody_else_reaped_is_a_crash(monkeypatch):
+    worker = Worker()
+    try:
+        worker.call(add, 2, 3, timeout=TIMEOUT)
+        monkeypatch.setattr(worker._process._popen, "poll", lambda *_: None)
+        found = failure(worker, leave, 7, "Fatal")
+        assert (found.status, found.reason) == ("crash", "the process hung up without an exit code: Fatal")
+        assert worker.call(add, 2, 3, timeout=TIMEOUT) == 5
+    finally:
+        worker.close()
+
+
 def test_an_exit_is_a_crash_with_its_code_and_last_line(shared):
     found = failure(shared, leave, 7, "Fatal: illegal instruction\n\n")
     assert (found.status, found.reason) == ("crash", "the process died with exit code 7: Fatal: illegal instruction")

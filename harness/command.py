@@ -1,0 +1,185 @@
+"""The command line behind the nox sessions: `python -m harness parity|sweep|doctor`.
+
+Exit codes: 0 all right; 1 something is wrong, too slow or missing in the results; 2 the command, the grid or the
+results folder is not usable; 130 interrupted (what was finished is on disk, and the same command resumes a sweep).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from harness import doctor, environment, grid, parity, plots, records, summary, sweep
+from harness.parity import Settings
+from harness.rows import ParityRow, Row, SweepRow, latest
+from implementations.registry import select
+from spec.problem import PASSES
+
+console = Console(stderr=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; see `--help`."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        console.print("interrupted: every finished row is on disk", style="yellow")
+        return 130
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+def _parity(options: argparse.Namespace) -> int:
+    cells = _cells(options)
+    folder, settings = _open(options)
+    groups = parity.with_yardstick(cells)
+    path = folder / "parity.csv"
+    done: list[ParityRow] = []
+    with _progress() as bar:
+        task = bar.add_task("parity", total=sum(map(len, groups)))
+        for cell, rows in parity.run(groups, settings):
+            records.append(path, rows)
+            done += rows
+            bar.update(task, advance=1, description=f"{cell.case.name} {cell.problem.dtype}")
+    _finish(path, ParityRow)
+    console.print(summary.parity_table(done))
+    for line in summary.parity_failures(done):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    _print_plots(plots.parity_plots(folder), path)
+    return 1 if any(row.status not in ("ok", "unsupported") for row in done) else 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    cells = _cells(options, passes=options.passes)
+    select([options.baseline])  # refuses an unknown one
+    folder, settings = _open(options)
+    checked_path, path = folder / "parity.csv", folder / "sweep.csv"
+    if options.fresh:
+        _forget(path, SweepRow, cells, settings)
+        _forget(checked_path, ParityRow, cells, settings)
+    checked = _load(checked_path, ParityRow)
+    left = sweep.unmeasured(cells, _load(path, SweepRow), checked, settings)
+    console.print(f"{sum(len(c.passes) for c in cells)} timings, {sum(len(c.passes) for c in left)} to do")
+    unchecked = sweep.unchecked(left, checked, settings)
+    groups = parity.with_yardstick(unchecked)
+    with _progress() as bar:
+        task = bar.add_task("parity", total=sum(map(len, groups)))
+        for cell, found in parity.run(groups, settings):
+            records.append(checked_path, found)
+            bar.update(task, advance=1, description=f"parity {cell.case.name} {cell.problem.dtype}")
+        checked = _load(checked_path, ParityRow)
+        task = bar.add_task("sweep", total=sum(len(cell.passes) for cell in left))
+        for row in sweep.run(left, latest(checked), settings):
+            records.append(path, [row])
+            bar.update(task, advance=1, description=f"{row.implementation} {row.case} {row.pass_}")
+    _finish(checked_path, ParityRow)
+    _finish(path, SweepRow)
+    rows = sweep.of_cells(_load(path, SweepRow), cells, settings.stamp.device)
+    console.print(summary.sweep_table(rows, options.baseline))
+    for line in summary.sweep_unsupported(rows):
+        console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+    _print_plots(plots.parity_plots(folder) + plots.sweep_plots(folder, baseline=options.baseline), path)
+    return 1 if any(row.status not in ("ok", "unsupported") for row in rows) else 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    return doctor.main(console)
+
+
+def _cells(options: argparse.Namespace, passes: list[str] | None = None) -> list[grid.Cell]:
+    names = "implementations", "cases", "inner_models", "dtypes", "matmul_precisions", "tokens", "mini_batches"
+    return grid.load(options.grid, {name: getattr(options, name) for name in names} | {"passes": passes})
+
+
+def _open(options: argparse.Namespace) -> tuple[Path, Settings]:
+    stamp = environment.stamp(options.device or environment.find_device(), options.git_sha)
+    default = environment.ROOT / "results" / environment.folder_name(stamp)
+    folder = records.results_folder(options.results or default)
+    for name, kind in (("parity.csv", ParityRow), ("sweep.csv", SweepRow)):
+        _load(folder / name, kind)  # refuses what could not be added to, before any work
+    arguments = {name: value for name, value in vars(options).items() if name not in ("command", "results")}
+    environment.save(folder, stamp, {"command": options.command.__name__.strip("_")} | arguments)
+    return folder, Settings(stamp, options.seed, options.jobs or Settings.jobs, options.timeout)
+
+
+def _load(path: Path, kind: type[Row]) -> list[Row]:
+    return records.load(path, kind) if path.exists() else []
+
+
+def _forget(path: Path, kind: type[Row], cells: Iterable[grid.Cell], settings: Settings) -> None:
+    """Take the rows of these cells out of the file; what is left replaces it at once."""
+    rows = _load(path, kind)
+    gone = set(map(id, sweep.of_cells(rows, cells, settings.stamp.device)))
+    if kept := [row for row in rows if id(row) not in gone]:
+        records.rewrite(path, kept)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _finish(path: Path, kind: type[Row]) -> None:
+    """Leave one row for each cell, the last one."""
+    if rows := latest(_load(path, kind)):
+        records.rewrite(path, rows)
+
+
+def _print_plots(paths: list[Path], table: Path) -> None:
+    for path in (table, *paths):
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+
+
+def _progress() -> Progress:
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    return Progress(*columns, console=console)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(name) for name in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers with commas between them, got {text!r}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m harness", description="TTT Lab: are kernels right, how fast?")
+    commands = parser.add_subparsers(required=True, metavar="parity | sweep | doctor")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--implementations", type=_names, metavar="A,B", help="keys or folders: torch.eager,jax")
+    common.add_argument("--cases", type=_names, metavar="A,B", help="case names or group:small|size|stress|named")
+    common.add_argument("--tokens", type=_integers, metavar="T,T", help="in place of the cases' own T")
+    common.add_argument("--mini-batches", type=_integers, metavar="M,M", help="in place of the cases' own M")
+    common.add_argument("--inner-models", type=_names, metavar="A,B", help="linear,mlp")
+    common.add_argument("--dtypes", type=_names, metavar="A,B", help="fp64,fp32,bf16,fp16")
+    common.add_argument("--matmul-precisions", type=_names, metavar="A,B", help="of fp32: ieee,tf32")
+    common.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    common.add_argument("--results", type=Path, metavar="DIR", help="default: results/<device>")
+    common.add_argument("--seed", type=int, default=0, help="of the inputs; times in sweep.csv are of the last seed")
+    common.add_argument("--jobs", type=int, help="checks at once; default: the number of cores")
+    common.add_argument("--git-sha", metavar="SHA", help="the commit, where the tree is a copy without .git")
+    common.add_argument("--timeout", type=float, default=Settings.timeout, help="seconds for one call")
+
+    command = commands.add_parser("parity", parents=[common], help="hold implementations to the float64 oracle")
+    command.add_argument("--grid", default="parity", metavar="NAME|FILE.toml")
+    command.set_defaults(command=_parity)
+
+    command = commands.add_parser("sweep", parents=[common], help="time the implementations that are right")
+    command.add_argument("--grid", default="default", metavar="NAME|FILE.toml", help="default, gpu or a file")
+    command.add_argument("--passes", type=_names, metavar="A,B", help=",".join(PASSES))
+    command.add_argument("--baseline", default="torch.eager", metavar="KEY", help="what speed-ups are relative to")
+    command.add_argument("--fresh", action="store_true", help="forget the rows of these cells first")
+    command.set_defaults(command=_sweep)
+
+    command = commands.add_parser("doctor", help="show that the checker catches planted faults")
+    command.set_defaults(command=_doctor)
+    return parser
