@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,13 +56,12 @@ def folder_name(stamp: Stamp) -> str:
 
 
 def save(folder: Path, stamp: Stamp, arguments: dict[str, object]) -> None:
-    """Write `environment.json`: everything needed to run it again."""
+    """Write `environment.json`: everything needed to run it again; `arguments` are those of the command."""
     content = asdict(stamp) | {
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "command": " ".join(["python -m harness", *sys.argv[1:]]),
         "arguments": {name: value for name, value in arguments.items() if value is not None},
     }
     path = folder / "environment.json"

@@ -18,15 +18,15 @@ FASTER, NORM = seaborn.diverging_palette(20, 160, s=75, l=55, as_cmap=True), Log
 PASS_WORDS = {"forward": "forward", "backward": "backward", "forward_backward": "forward and backward"}
 
 
-def over_tokens(table: pandas.DataFrame, all_styles: Styles, path: Path, title: str, throughput: bool) -> Path:
-    """Time, or tokens a second, against T: a column for each precision, a row for each shape, a line for each key.
-
-    Only shapes that were run at several T make a line; the others are left to the speed-up plot, unless there are
-    no others.
-    """
+def at_several_lengths(table: pandas.DataFrame) -> pandas.DataFrame:
+    """The timed rows of the shapes that were run at more than one T: what makes a line."""
     timed = table[table["status"] == "ok"]
-    several = timed.groupby(SHAPE)["tokens"].transform("nunique") > 1
-    timed = timed[several] if several.any() else timed
+    return timed[timed.groupby(SHAPE)["tokens"].transform("nunique") > 1]
+
+
+def over_tokens(table: pandas.DataFrame, all_styles: Styles, path: Path, title: str, throughput: bool) -> Path:
+    """Time, or tokens a second, against T: a column for each precision, a row for each shape, a line for each key."""
+    timed = at_several_lengths(table)
     shapes, precisions = list(timed.groupby(SHAPE)), by_precision(timed)
     size = max(9.0, 3.1 * len(precisions)), 1.9 + 2.9 * len(shapes)
     figure, panels = grid(len(shapes), len(precisions), *size, sharex=True, sharey="row")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness.plot_parity import parity_matrix
 from harness.plot_style import read, styles
-from harness.plot_sweep import PASS_WORDS, error_against_time, over_tokens, speedup
+from harness.plot_sweep import PASS_WORDS, at_several_lengths, error_against_time, over_tokens, speedup
 
 
 def parity_plots(folder: str | Path) -> list[Path]:
@@ -22,7 +22,7 @@ def sweep_plots(folder: str | Path, baseline: str = "torch.eager") -> list[Path]
     """Time, throughput and speed-up for each inner model and pass, and `error_vs_time.png`.
 
     Cold and warm caches are never mixed: cold ones are drawn, warm ones where there are no cold ones. What needs a
-    time is not drawn where nothing was timed.
+    time is not drawn where nothing was timed, nor what needs several T where there is one.
 
     Raises:
         ValueError: the folder has no `sweep.csv`, or no rows in it.
@@ -33,7 +33,7 @@ def sweep_plots(folder: str | Path, baseline: str = "torch.eager") -> list[Path]
     table = table[table["cache"] == cache]
     for (inner_model, pass_), part in table.groupby(["inner_model", "pass"]):
         what, suffix = f"TTT {inner_model}, {PASS_WORDS[pass_]}, {cache} cache", f"{inner_model}_{pass_}.png"
-        if part["status"].eq("ok").any():
+        if not at_several_lengths(part).empty:
             title = f"Time against sequence length: {what}\nmedian, band from 20th to 80th percentile"
             written.append(over_tokens(part, all_styles, folder / f"time_vs_tokens_{suffix}", title, throughput=False))
             title = f"Tokens a second against sequence length: {what}"
@@ -41,7 +41,8 @@ def sweep_plots(folder: str | Path, baseline: str = "torch.eager") -> list[Path]
             written.append(over_tokens(part, all_styles, path, title, throughput=True))
         written.append(speedup(part, baseline, folder / f"speedup_{suffix}", f"Speed-up over {baseline}: {what}"))
     if table["status"].eq("ok").any():
-        wrong = int(table["status"].eq("wrong").sum())
-        title = f"Error against time: what passed its parity check ({wrong} wrong results are not timed)"
+        title = "Error against time, of what passed its parity check"
+        if wrong := int(table["status"].eq("wrong").sum()):
+            title += f" ({wrong} wrong results are not timed)"
         written.append(error_against_time(table, all_styles, folder / "error_vs_time.png", title))
     return written
