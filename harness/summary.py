@@ -59,7 +59,8 @@ def sweep_table(rows: Iterable[SweepRow], baseline: str) -> Table:
     for cell in dict.fromkeys(_cell(row) for row in keyed.values()):
         base = keyed.get((baseline, *cell))
         inner, case, *others = cell
-        table.add_row(inner, case.replace(":", "\n"), *others, *(_sweep_cell(keyed.get((name, *cell)), base) for name in implementations))
+        times = [_sweep_cell(keyed.get((name, *cell)), base) for name in implementations]
+        table.add_row(inner, case.replace(":", "\n"), *others, *times)
     return table
 
 
