@@ -6,6 +6,7 @@ installed third-party package offers its own through the entry-point group `ttt_
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -74,20 +75,12 @@ class Implementation:
         return importlib.import_module(self.pages[problem.inner_model])
 
     def source_hash(self) -> str:
-        """Of all source files in the packages of its pages and in `spec/`: a changed kernel is another kernel."""
+        """Of the source of its pages, of what they import from their own package, of its kernels and of `spec/`."""
         files = set(Path(problem_module.__file__).parent.glob("*.py"))
         for name in self.pages.values():
-            try:
-                spec = importlib.util.find_spec(name)
-            except ImportError:
-                spec = None
-            if spec and spec.origin:
-                page = Path(spec.origin)
-                files |= {page} if "." not in name else {
-                    path for path in page.parent.rglob("*") if path.suffix in (".py", ".cu", ".cuh")
-                }
+            _add_sources(name, files)
         digest = hashlib.sha256()
-        for path in sorted(files):
+        for path in sorted(files, key=lambda path: path.parts[-2:]):
             digest.update("/".join(path.parts[-2:]).encode() + path.read_bytes())
         return digest.hexdigest()[:12]
 
@@ -137,6 +130,32 @@ def _is_installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ImportError:  # of a parent of a dotted name
         return False
+
+
+def _add_sources(name: str, files: set[Path]) -> None:
+    """Add the file of module `name`, the CUDA sources beside it, and the modules of its top package it imports."""
+    try:
+        spec = importlib.util.find_spec(name) if name not in ("", __name__) else None
+    except ImportError:
+        return
+    if not spec or not spec.origin or not spec.origin.endswith(".py") or Path(spec.origin) in files:
+        return
+    path = Path(spec.origin)
+    files.add(path)
+    if "." in name:
+        files |= {kernel for kernel in path.parent.rglob("*.cu*") if kernel.suffix in (".cu", ".cuh")}
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            relative = "." * node.level + (node.module or "")
+            source = importlib.util.resolve_name(relative, spec.parent) if node.level else relative
+            imported = [source, *(f"{source}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for module in imported:
+            if module.partition(".")[0] == name.partition(".")[0]:
+                _add_sources(module, files)
 
 
 def _built_in() -> Iterable[Implementation]:

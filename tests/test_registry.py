@@ -126,18 +126,20 @@ def test_duplicate_key_raises(install):
         implementations()
 
 
-def test_source_hash_changes_with_any_source_file_of_the_package(tmp_path, monkeypatch):
+def test_source_hash_changes_with_what_a_page_is_made_of_alone(tmp_path, monkeypatch):
     package = tmp_path / "hashed_party"
     (package / "csrc").mkdir(parents=True)
-    for name in ("__init__.py", "page.py", "helper.py", "csrc/kernel.cu", "notes.txt"):
+    for name in ("__init__.py", "deep.py", "near.py", "other_variant.py", "csrc/kernel.cu"):
         (package / name).write_text("")
+    (package / "page.py").write_text("import sys\nfrom hashed_party import near\n")
+    (package / "near.py").write_text("from . import deep\n")
     monkeypatch.syspath_prepend(tmp_path)
     entry = Implementation("hashed.party", "torch", {"linear": "hashed_party.page"})
     hashes = [entry.source_hash()]
     assert entry.source_hash() == hashes[0] and len(hashes[0]) == 12
-    (package / "notes.txt").write_text("not a source file")
+    (package / "other_variant.py").write_text("# changed")
     assert entry.source_hash() == hashes[0]
-    for name in ("page.py", "helper.py", "csrc/kernel.cu"):
+    for name in ("deep.py", "near.py", "csrc/kernel.cu", "page.py"):
         (package / name).write_text("# changed")
         hashes.append(entry.source_hash())
     assert len(set(hashes)) == len(hashes)

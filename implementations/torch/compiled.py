@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch._dynamo
 
 from implementations.torch import scan, ttt_linear, ttt_mlp
 from implementations.torch.scan import Residuals
@@ -18,6 +19,10 @@ from spec.tensors import Inputs, Outputs
 _PAGES = {"linear": ttt_linear, "mlp": ttt_mlp}
 
 
+# One program for each problem, without end: past PyTorch's limit of 8 it would raise.
+_PROGRAMS = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)
+
+
 @functools.cache
 def _compiled(step: Callable) -> Callable:
     return torch.compile(step, fullgraph=True)
@@ -25,9 +30,11 @@ def _compiled(step: Callable) -> Callable:
 
 def forward(inputs: Inputs, problem: Problem) -> tuple[Outputs, Residuals]:
     """Outputs, and what `backward` needs; see the page of the inner model."""
-    return scan.forward(_compiled(_PAGES[problem.inner_model].forward_step), inputs, problem)
+    with _PROGRAMS:
+        return scan.forward(_compiled(_PAGES[problem.inner_model].forward_step), inputs, problem)
 
 
 def backward(cotangents: Outputs, residuals: Residuals, problem: Problem) -> Inputs:
     """Gradients of every input; see the page of the inner model."""
-    return scan.backward(_compiled(_PAGES[problem.inner_model].backward_step), cotangents, residuals, problem)
+    with _PROGRAMS:
+        return scan.backward(_compiled(_PAGES[problem.inner_model].backward_step), cotangents, residuals, problem)
