@@ -59,7 +59,7 @@ def run(cells: Iterable[Cell], checked: Iterable[ParityRow], settings: Settings)
     """Time every pass of every cell that `checked` found right; the others become rows that say why not."""
     verdicts: dict[Any, list[ParityRow]] = {}
     for row in checked:
-        if row.seed == settings.seed and _is_current(row, settings):
+        if row.seed == settings.seed and row.versions == settings.stamp.versions:
             verdicts.setdefault(_cell_key(row), []).append(row)
     by_implementation: dict[str, list[Cell]] = {}
     for cell in cells:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -76,13 +77,7 @@ class Implementation:
 
     def source_hash(self) -> str:
         """Of the source of its pages, of what they import from their own package, of its kernels and of `spec/`."""
-        files = set(Path(problem_module.__file__).parent.glob("*.py"))
-        for name in self.pages.values():
-            _add_sources(name, files)
-        digest = hashlib.sha256()
-        for path in sorted(files, key=lambda path: path.parts[-2:]):
-            digest.update("/".join(path.parts[-2:]).encode() + path.read_bytes())
-        return digest.hexdigest()[:12]
+        return _hash_of_pages(tuple(self.pages.values()))
 
 
 def implementations() -> dict[str, Implementation]:
@@ -130,6 +125,17 @@ def _is_installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ImportError:  # of a parent of a dotted name
         return False
+
+
+@functools.cache  # the source of a process does not change
+def _hash_of_pages(names: tuple[str, ...]) -> str:
+    files = set(Path(problem_module.__file__).parent.glob("*.py"))
+    for name in names:
+        _add_sources(name, files)
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda path: path.parts[-2:]):
+        digest.update("/".join(path.parts[-2:]).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _add_sources(name: str, files: set[Path]) -> None:
