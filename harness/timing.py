@@ -18,7 +18,7 @@ from harness.frameworks import Framework
 TIMER = "host_sync"
 WARM_UP_CALLS = 2
 SAMPLES = (5, 50)  # at least, at most
-SECONDS = 2.0  # stop sampling after this long, once there are enough
+SECONDS = 1.0  # stop sampling after this long, once there are enough
 
 
 @dataclass(frozen=True)
