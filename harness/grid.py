@@ -132,12 +132,11 @@ def _text(given: Mapping[str, Any]) -> str:
 
 
 def _resized(case: Case, tokens: int | None, mini_batch: int | None) -> Case:
-    changes = [f"{axis}={size}" for axis, size in (("T", tokens), ("M", mini_batch)) if size is not None]
+    """The case at other sizes, which its name then says; the case itself where they are its own."""
+    tokens = case.tokens if tokens is None else tokens
+    mini_batch = case.mini_batch if mini_batch is None else mini_batch
+    sizes = ("T", tokens, case.tokens), ("M", mini_batch, case.mini_batch)
+    changes = [f"{axis}={size}" for axis, size, own in sizes if size != own]
     if not changes:
         return case
-    return replace(
-        case,
-        name=f"{case.name}:{','.join(changes)}",
-        tokens=case.tokens if tokens is None else tokens,
-        mini_batch=case.mini_batch if mini_batch is None else mini_batch,
-    )
+    return replace(case, name=f"{case.name}:{','.join(changes)}", tokens=tokens, mini_batch=mini_batch)

@@ -19,9 +19,9 @@ PASS_WORDS = {"forward": "forward", "backward": "backward", "forward_backward": 
 
 
 def at_several_lengths(table: pandas.DataFrame) -> pandas.DataFrame:
-    """The timed rows of the shapes that were run at more than one T: what makes a line."""
+    """The timed rows of the shapes and precisions that were run at more than one T: what makes a line."""
     timed = table[table["status"] == "ok"]
-    return timed[timed.groupby(SHAPE)["tokens"].transform("nunique") > 1]
+    return timed[timed.groupby([*SHAPE, "precision"])["tokens"].transform("nunique") > 1]
 
 
 def over_tokens(table: pandas.DataFrame, all_styles: Styles, path: Path, title: str, throughput: bool) -> Path:
