@@ -25,9 +25,10 @@ _FINAL = ("ok", "wrong", "oom", "timeout", "crash", "error")
 
 
 def unchecked(cells: Iterable[Cell], rows: Iterable[ParityRow], settings: Settings) -> list[Cell]:
-    """The cells without parity rows of this code on this machine and seed."""
+    """The cells that can run and have no parity rows of this code on this machine and seed."""
     known = {_cell_key(row) for row in rows if row.seed == settings.seed and _is_current(row, settings)}
-    return [cell for cell in cells if _cell_key_of(cell, settings) not in known]
+    can_run = (cell for cell in cells if not cell.entry.unsupported(cell.problem, settings.stamp.device))
+    return [cell for cell in can_run if _cell_key_of(cell, settings) not in known]
 
 
 def unmeasured(
@@ -96,6 +97,8 @@ def _row(cell: Cell, pass_: Pass, checked: list[ParityRow], worker: Worker, sett
         started_at=stamp.started_at,
         device=stamp.device,
     )
+    if reason := cell.entry.unsupported(cell.problem, stamp.device):
+        return replace(blank, status="unsupported", reason=reason)
     if not checked:
         return replace(blank, reason="has no parity check")
     ratio = max((row.error_ratio or 0 for row in checked), default=None)
