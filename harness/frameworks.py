@@ -99,7 +99,7 @@ class _Torch:
         return type(tensors)(*map(self._numpy, tensors))
 
     def _numpy(self, x: Any) -> np.ndarray:
-        x = x.detach().cpu().contiguous()
+        x = x.detach().to("cpu", copy=True).contiguous()  # what is overwritten later shall show
         return x.view(self.torch.int16).numpy().view(_BF16) if x.dtype == self.torch.bfloat16 else x.numpy()
 
     def synchronize(self, result: Any) -> None:

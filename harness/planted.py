@@ -353,6 +353,18 @@ FAULTS: tuple[Fault, ...] = (
         dtypes=("fp32",),
     ),
     Fault(
+        "output-overwritten",
+        "ttt-tk: backward writes into the saved forward output",
+        _scan(
+            "    return outputs, Residuals(inputs, states)",
+            "    states[0][0].saved = outputs.out\n    return outputs, Residuals(inputs, states)",
+        )
+        + _scan(
+            "    validate(cotangents, OUTPUTS, problem)",
+            "    validate(cotangents, OUTPUTS, problem)\n    residuals.states[0][0].saved.mul_(2)",
+        ),
+    ),
+    Fault(
         "cotangent-overwritten",
         "backward sums the gradient of xq in the caller's cotangent of the output",
         _pages("d_xq = d_xq + d_xq_read", "d_xq += d_xq_read"),
