@@ -75,7 +75,6 @@ class _Runner:
 
     def __init__(self, settings: Settings, stack: ExitStack):
         self.settings = settings
-        self._stack = stack
         self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ttt-lab-truth-")))
         self._slots = threading.Semaphore(settings.jobs)
         self._ahead = threading.Semaphore(_AHEAD)

@@ -15,10 +15,11 @@ from implementations.jax import autodiff, scan
 from implementations.jax.function import ttt
 from spec import oracle
 from spec.cases import Case, draw
+from spec.tensors import INPUTS
 
 TINY = Case("tiny", "three mini-batches", batch=2, tokens=24, heads=2, head_dim=16, mini_batch=8)
 PAGES = ("implementations.jax.ttt_{}", "implementations.jax.autodiff")
-# Three times the largest relative errors measured (4e-7, 6e-3, 1e-3: token_eta, whose sum cancels); fp64 has 7e-15.
+# Three to five times the largest relative errors measured; fp64 has 7e-15.
 ALLOWED = {"fp64": 1e-10, "fp32": 1.5e-6, "bf16": 2e-2, "fp16": 3e-3}
 # All in fp64, where a mistake has nothing to hide behind; the other dtypes where they could go wrong.
 GRID = [("fp64", page, causal) for page in PAGES for causal in (True, False)]
@@ -59,9 +60,10 @@ def truth(inner_model, causal, dtype):
 def test_agrees_with_the_oracle(page, inner_model, causal, dtype):
     problem, inputs, cotangents, expected = truth(inner_model, causal, dtype)
     page = importlib.import_module(page.format(inner_model))
-    for given, wanted in zip(solve(page, inputs, cotangents, problem), expected, strict=True):
+    for given, wanted in zip(solve(page, inputs, cotangents, problem), expected[:2], strict=True):
         for name, x, y in zip(given._fields, given, wanted, strict=True):
-            error = np.linalg.norm(x.astype(np.float64) - y.numpy()) / np.linalg.norm(y.numpy())
+            scale = expected.token_eta_scale if name == "token_eta" else y
+            error = np.linalg.norm(x.astype(np.float64) - y.numpy()) / np.linalg.norm(scale)
             assert error <= ALLOWED[dtype], f"{name}: {error:.1e}"  # false for NaN
 
 
@@ -132,7 +134,7 @@ def test_wrong_tensors_are_named(page):
 def test_fp64_without_x64_is_refused():
     problem, inputs, _, _ = truth("linear", True, "fp64")
     with jax.enable_x64(False), pytest.raises(ValueError, match="fp64: expected jax_enable_x64 to be on, got off"):
-        scan.check(inputs, problem)
+        scan.check(inputs, INPUTS, problem)
 
 
 @pytest.mark.parametrize(
