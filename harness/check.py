@@ -33,9 +33,8 @@ class TensorCheck:
     Errors are relative: the largest error over the largest true value, the root mean square error over that of
     the true values (absolute where the truth is zero throughout). Two tensors have a fairer scale: `out` that of
     `out - xq`, since the residual would hide its errors, and `d_token_eta` that of the terms it sums, since they
-    cancel. `profile` is the largest error in each mini-batch, for tensors with a T axis.
-    `count` is the effective number of values
-    that the RMS is taken over; `fault` says what else is wrong, whatever the errors.
+    cancel. `profile` is the largest error in each mini-batch, for tensors with a T axis; `count` the effective number
+    of values that the RMS is taken over; `fault` says what else is wrong, whatever the errors.
     """
 
     tensor: str
