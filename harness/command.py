@@ -116,18 +116,17 @@ def _load(path: Path, kind: type[Row]) -> list[Row]:
 
 def _forget(path: Path, kind: type[Row], cells: Iterable[grid.Cell], settings: Settings) -> None:
     """Take the rows of these cells out of the file; what is left replaces it at once."""
-    rows = _load(path, kind)
-    gone = set(map(id, sweep.of_cells(rows, cells, settings.stamp.device)))
-    if kept := [row for row in rows if id(row) not in gone]:
-        records.rewrite(path, kept)
-    else:
-        path.unlink(missing_ok=True)
+
+    def others(rows: list[Row]) -> list[Row]:
+        gone = set(map(id, sweep.of_cells(rows, cells, settings.stamp.device)))
+        return [row for row in rows if id(row) not in gone]
+
+    records.rewrite(path, kind, others)
 
 
 def _finish(path: Path, kind: type[Row]) -> None:
     """Leave one row for each cell, the last one."""
-    if rows := latest(_load(path, kind)):
-        records.rewrite(path, rows)
+    records.rewrite(path, kind, latest)
 
 
 def _print_plots(paths: list[Path], table: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -29,6 +30,12 @@ class Stamp:
     git_sha: str
     versions: str
     started_at: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what a time depends on beside the source: the device, its driver and the versions of the packages."""
+        parts = self.device, self.gpu, self.driver, self.cuda, self.versions
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def stamp(device: Device, git_sha: str | None = None) -> Stamp:
@@ -58,6 +65,7 @@ def folder_name(stamp: Stamp) -> str:
 def save(folder: Path, stamp: Stamp, arguments: dict[str, object]) -> None:
     """Write `environment.json`: everything needed to run it again; `arguments` are those of the command."""
     content = asdict(stamp) | {
+        "fingerprint": stamp.fingerprint,
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "processor": _processor(),

@@ -157,6 +157,7 @@ def _rows(
         "git_sha": settings.stamp.git_sha,
         "versions": settings.stamp.versions,
         "started_at": settings.stamp.started_at,
+        "fingerprint": settings.stamp.fingerprint,
     }
     if isinstance(result, Failure):
         return [ParityRow(**common, tensor="", status=result.status, reason=result.reason)]

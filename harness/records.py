@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import csv
 import errno
+import fcntl
 import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.rows import ParityRow, Row, SweepRow, columns, from_texts, latest, to_texts
+from harness.rows import AnyRow, Row, SampleRow, columns, from_texts, latest, to_texts
 
 if TYPE_CHECKING:
     import pandas
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"
 
-def append(path: str | Path, rows: Sequence[ParityRow | SweepRow]) -> None:
+
+def append(path: str | Path, rows: Sequence[AnyRow]) -> None:
     """Add `rows`, of one class, to the file, below a header if it is new; on the disk when this returns.
 
     Raises:
@@ -35,15 +40,16 @@ def append(path: str | Path, rows: Sequence[ParityRow | SweepRow]) -> None:
         return
     path, names = Path(path), columns(type(rows[0]))
     data = "".join(_line(to_texts(row)) for row in rows)
-    if not _has_header(path, type(rows[0])):
-        data = _line(names) + data
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        if os.write(handle, data.encode()) != len(data.encode()):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with _locked(path):
+        if not _has_header(path, type(rows[0])):
+            data = _line(names) + data
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            if os.write(handle, data.encode()) != len(data.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def load(path: str | Path, row_type: type[Row]) -> list[Row]:
@@ -53,7 +59,9 @@ def load(path: str | Path, row_type: type[Row]) -> list[Row]:
         ValueError: its columns are not those of `row_type`, or a line cannot be read; the message has file and line.
         OSError: it cannot be read.
     """
-    lines = _whole_lines(Path(path), row_type)
+    path = Path(path)
+    with _locked(path):
+        lines = _whole_lines(path, row_type)
     width, rows = len(columns(row_type)), []
     for number, line in enumerate(lines[1:], start=2):
         try:
@@ -74,26 +82,110 @@ def frame(path: str | Path, row_type: type[Row]) -> pandas.DataFrame:
     return pandas.DataFrame(texts, columns=columns(row_type))
 
 
-def rewrite(path: str | Path, rows: Sequence[ParityRow | SweepRow]) -> None:
-    """Replace the file by `rows` at once: a reader sees the old file or the new one.
+def rewrite(path: str | Path, row_type: type[Row], keep: Callable[[list[Row]], list[Row]]) -> None:
+    """Replace the file's rows by `keep` of them at once: a reader sees the old file or the new one.
+
+    Nobody appends meanwhile. Where no row is kept, the file is deleted; where there is none, nothing is done.
 
     Raises:
-        ValueError: no rows, or the file has other columns.
+        ValueError: the file has other columns.
         OSError: it cannot be written; the old file is untouched.
     """
     path = Path(path)
-    if not rows:
-        raise ValueError(f"{path}: expected at least one row to write, got none")
-    _has_header(path, type(rows[0]))
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            file.writelines([_line(columns(type(rows[0]))), *(_line(to_texts(row)) for row in rows)])
+    with _locked(path):
+        if not path.exists():
+            return
+        rows = keep(load(path, row_type))
+        if not rows:
+            path.unlink()
+            return
+        with _replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+            file.writelines([_line(columns(row_type)), *(_line(to_texts(row)) for row in rows)])
             file.flush()
             os.fsync(file.fileno())
+
+
+def samples(folder: str | Path) -> pandas.DataFrame:
+    """Every sample kept in a results folder, with the column names of `SampleRow`; empty where there are none.
+
+    `samples.parquet` has those of finished sweeps; `samples.csv` is the journal of one that runs or was killed.
+
+    Raises:
+        ValueError: a file has other columns, or cannot be read.
+    """
+    import pandas
+
+    folder, names = Path(folder), columns(SampleRow)
+    parts = []
+    with _locked(folder / "samples.csv"):
+        if (packed := folder / "samples.parquet").exists():
+            parts.append(_read_parquet(packed))
+        if (journal := folder / "samples.csv").exists():
+            rows = [vars(row).values() for row in load(journal, SampleRow)]
+            parts.append(pandas.DataFrame(rows, columns=names))
+    found = [part for part in parts if len(part)]
+    table = pandas.concat(found, ignore_index=True) if found else pandas.DataFrame(columns=names)
+    return table.drop_duplicates(ignore_index=True)  # killed between writing the one and deleting the other
+
+
+def pack_samples(folder: str | Path) -> None:
+    """Move the journal's samples into `samples.parquet`; of each cell those of its last run are kept."""
+    folder = Path(folder)
+    with _locked(folder / "samples.csv"):
+        if not (folder / "samples.csv").exists():
+            return
+        table = samples(folder)
+        last = table.groupby([name.rstrip("_") for name in SampleRow.KEY], dropna=False)["run_id"].transform("last")
+        table = table[table["run_id"] == last]
+        with _replacing(folder / "samples.parquet") as beside:
+            table.to_parquet(beside, index=False)
+        (folder / "samples.csv").unlink()
+
+
+def _read_parquet(path: Path) -> pandas.DataFrame:
+    import pandas
+
+    try:
+        table = pandas.read_parquet(path)
+    except Exception as error:  # pyarrow has its own: truncated, not Parquet, an unknown encoding
+        raise ValueError(f"{path}: not a Parquet file that can be read: {error}") from None
+    _check_header(path, list(table.columns), list(columns(SampleRow)))
+    return table
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` once it is whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+_held = threading.local()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Nobody else reads or writes in the folder of `path` meanwhile; a thread that holds the lock may take it again.
+
+    The kernel lets go of the lock when a process dies, however it dies. A folder that cannot be written (a result
+    set on a read-only disk) is read without one.
+    """
+    folder = str(path.parent.absolute())
+    held: set[str] = _held.__dict__.setdefault("folders", set())
+    if folder in held or not os.access(folder, os.W_OK):
+        yield
+        return
+    with open(os.path.join(folder, LOCK), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        held.add(folder)
+        try:
+            yield
+        finally:
+            held.discard(folder)
 
 
 def results_folder(path: str | Path) -> Path:

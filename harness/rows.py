@@ -1,4 +1,4 @@
-"""The rows of `parity.csv` and `sweep.csv`: their field order is the column order.
+"""The rows of `parity.csv`, `sweep.csv` and the samples behind it: their field order is the column order.
 
 A row that claims something it cannot claim (passed without a time, failed without a reason) cannot be made.
 """
@@ -60,6 +60,7 @@ class ParityRow:
     git_sha: str
     versions: str
     started_at: str
+    fingerprint: str
 
     KEY: ClassVar[tuple[str, ...]] = ("implementation", "inner_model", "case", *SIZES)
     KEY += ("causal", "dtype", "matmul_precision", "seed", "device", "tensor")
@@ -76,8 +77,15 @@ class SweepRow:
         device_ms, device_ms_p20, device_ms_p80: median, 20th and 80th percentile on the device, milliseconds.
         host_ms: median until the call returns, milliseconds.
         first_call_s: the first call, compilation included, seconds.
-        cache: whether the device's caches were flushed before each sample (cold) or not (warm).
+        cache: whether each call found inputs that other data had pushed out of the caches (cold), or those of the
+            call before (warm).
+        timer: what the clock was: `cupti`, `cuda_events` or `host_sync`.
         error_ratio: the worst one of its parity check; a row that is `ok` has at most 1.
+        sm_clock_mhz, power_w: medians over the blocks of samples; `throttled` if any block was, and why.
+        processes: how many processes the samples are from.
+        latency_floor_ms: mini-batches in the chain times the latency of one dependent step on this device.
+        kernels: what one call launched, as `count x name` with semicolons between, the longest-running first.
+        fingerprint: of the device, driver and package versions; see `harness.environment`.
 
     Raises:
         ValueError: as in `ParityRow`; or `ok` has no time, or another status has one.
@@ -123,6 +131,12 @@ class SweepRow:
     versions: str
     started_at: str
     device: Literal["cpu", "cuda"]
+    power_w: float | None = None
+    throttle_reasons: str = ""
+    processes: int | None = None
+    latency_floor_ms: float | None = None
+    kernels: str = ""
+    fingerprint: str = ""
 
     KEY: ClassVar[tuple[str, ...]] = ("implementation", "inner_model", "case", "pass_", *SIZES)
     KEY += ("causal", "dtype", "matmul_precision", "cache", "device")
@@ -137,10 +151,49 @@ class SweepRow:
             raise ValueError(f"device_ms: expected a positive time for status ok, got {self.device_ms!r}")
 
 
-Row = TypeVar("Row", bound=ParityRow | SweepRow)
+@dataclass(frozen=True, kw_only=True)
+class SampleRow:
+    """One call that was timed: of a `SweepRow`, by its run and its cell.
+
+    Attributes:
+        process: which of the processes that measured this cell, from 0.
+        block: which block of calls in that process; the implementations of a cell take turns block by block.
+        device_ms, host_ms: as in `SweepRow`, of this one call.
+        sm_clock_mhz: after the block that it is in.
+    """
+
+    run_id: str
+    implementation: str
+    inner_model: InnerModel
+    case: str
+    pass_: Pass
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+    mini_batch: int
+    causal: bool
+    dtype: Dtype
+    matmul_precision: MatmulPrecision
+    cache: Literal["cold", "warm"]
+    device: Literal["cpu", "cuda"]
+    process: int
+    block: int
+    device_ms: float
+    host_ms: float
+    sm_clock_mhz: float | None = None
+
+    KEY: ClassVar[tuple[str, ...]] = SweepRow.KEY
+
+    def __post_init__(self) -> None:
+        _check_names(self)
+
+
+AnyRow = ParityRow | SweepRow | SampleRow
+Row = TypeVar("Row", bound=AnyRow)
 _HINTS: dict[type, dict[str, Any]] = {
     row_type: {name: hint for name, hint in get_type_hints(row_type).items() if name != "KEY"}
-    for row_type in (ParityRow, SweepRow)
+    for row_type in (ParityRow, SweepRow, SampleRow)
 }
 
 
@@ -149,7 +202,7 @@ def columns(row_type: type[Row]) -> tuple[str, ...]:
     return tuple(field.name.rstrip("_") for field in fields(row_type))
 
 
-def key(row: ParityRow | SweepRow) -> tuple[Any, ...]:
+def key(row: AnyRow) -> tuple[Any, ...]:
     """What was measured: two rows of the same key are two measurements of one cell."""
     return tuple(getattr(row, name) for name in row.KEY)
 
@@ -159,7 +212,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list({key(row): row for row in rows}.values())
 
 
-def to_texts(row: ParityRow | SweepRow) -> list[str]:
+def to_texts(row: AnyRow) -> list[str]:
     """The row as CSV fields: None is empty, booleans are true and false, floats keep every digit."""
     return [_text(getattr(row, name), _kind(hint)) for name, hint in _HINTS[type(row)].items()]
 
@@ -174,13 +227,17 @@ def from_texts(row_type: type[Row], texts: Iterable[str]) -> Row:
     return row_type(**{name: _value(name, text, hints[name]) for name, text in zip(hints, texts, strict=True)})
 
 
-def _check(row: ParityRow | SweepRow) -> None:
+def _check_names(row: AnyRow) -> None:
     for name, hint in _HINTS[type(row)].items():
         value = getattr(row, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ValueError(f"{name.rstrip('_')}: expected one of {', '.join(get_args(hint))}, got {value!r}")
         if isinstance(value, str) and ("\n" in value or "\r" in value):
             raise ValueError(f"{name}: expected one line, got {value!r}")
+
+
+def _check(row: ParityRow | SweepRow) -> None:
+    _check_names(row)
     if row.status != "ok" and not row.reason.strip():
         raise ValueError(f"reason: expected one line for status {row.status}, got {row.reason!r}")
     if row.status == "ok" and not (row.error_ratio is not None and row.error_ratio <= 1):  # NaN is not <= 1

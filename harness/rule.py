@@ -58,12 +58,13 @@ def floor(check: TensorCheck, case: Case, problem: Problem) -> Errors:
 
     The error of one number is a draw of luck, and the yardstick's may have been a lucky one; the RMS over many is
     not. So the floor shrinks as 1 / sqrt(count), to a sixteenth for the RMS and a quarter for the largest error.
+    What a case amplifies comes from a few roundings in one chain: one draw, however many numbers it shows in.
     """
     ulp = ULP["fp16"] if problem.matmul_precision == "tf32" else ULP[problem.dtype]
-    few = FLOOR_ULPS[problem.dtype] * ulp
-    if problem.accumulate_dtype == problem.dtype:  # else the sums are more precise than the ulp
-        few *= case.amplifies
+    few = FLOOR_ULPS[problem.dtype] * ulp * case.amplifies
     luck = max(1 / 16, max(check.count, 1) ** -0.5)
+    if case.amplifies > 1 and problem.accumulate_dtype != problem.dtype:  # few, since the sums are more precise
+        luck = 1.0
     return Errors(few * min(1.0, 4 * luck), few * luck)
 
 

@@ -1,25 +1,29 @@
 """Result files: round trips, torn lines, foreign headers, the last row of a cell, atomic replacement."""
 
-import dataclasses
 import logging
 import os
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
 from harness import records
-from harness.rows import ParityRow, SweepRow, columns, latest
+from harness.rows import ParityRow, SampleRow, SweepRow, columns, latest
 
 SIZES = {"batch": 2, "tokens": 64, "heads": 3, "head_dim": 64, "mini_batch": 16, "causal": True}
 WHO = {"run_id": "r1", "implementation": "torch.eager", "inner_model": "linear", "case": "lm-125m-small", **SIZES}
 WHENCE = {"git_sha": "abc", "source_hash": "def", "versions": "torch=2", "started_at": "2026-01-01T00:00:00Z"}
+WHENCE["fingerprint"] = "0123456789ab"
 SCHEMA = {  # as in docs: the order of the columns, written out once more on purpose
     ParityRow: "run_id implementation inner_model case batch tokens heads head_dim mini_batch causal dtype "
     "matmul_precision seed tensor status reason max_error rms_error yardstick_max_error yardstick_rms_error "
-    "error_ratio worst_index device truth diverging_mini_batch source_hash git_sha versions started_at",
+    "error_ratio worst_index device truth diverging_mini_batch source_hash git_sha versions started_at fingerprint",
     SweepRow: "run_id implementation inner_model case pass batch tokens heads head_dim mini_batch causal dtype "
     "matmul_precision status reason cache device_ms device_ms_p20 device_ms_p80 host_ms first_call_s samples timer "
     "peak_memory_bytes flops bytes_min roofline_ms roofline_fraction launches error_ratio gpu driver cuda "
-    "sm_clock_mhz throttled git_sha source_hash versions started_at device",
+    "sm_clock_mhz throttled git_sha source_hash versions started_at device power_w throttle_reasons processes "
+    "latency_floor_ms kernels fingerprint",
+    SampleRow: "run_id implementation inner_model case pass batch tokens heads head_dim mini_batch causal dtype "
+    "matmul_precision cache device process block device_ms host_ms sm_clock_mhz",
 }
 
 
@@ -38,7 +42,7 @@ def failed(make, status="oom", **changes):
     return make(status=status, reason="40 GiB, asked for 80", error_ratio=None, **times, **changes)
 
 
-@pytest.mark.parametrize("row_type", [ParityRow, SweepRow])
+@pytest.mark.parametrize("row_type", SCHEMA)
 def test_columns_are_the_schema(row_type):
     assert columns(row_type) == tuple(SCHEMA[row_type].split())
 
@@ -169,8 +173,8 @@ def test_columns_of_a_newer_version_are_refused(tmp_path):
     header, line = path.read_text().splitlines()
     path.write_text(f"{header},energy_j\n{line},3.5\n")
     before, row = path.read_bytes(), [sweep_row()]
-    uses = (lambda: records.append(path, row), lambda: records.rewrite(path, row), lambda: records.load(path, SweepRow))
-    for use in uses:
+    uses = (lambda: records.append(path, row), lambda: records.load(path, SweepRow))
+    for use in (*uses, lambda: records.rewrite(path, SweepRow, latest)):
         with pytest.raises(ValueError, match=r"sweep.csv: columns unknown energy_j: expected run_id,"):
             use()
     assert path.read_bytes() == before
@@ -190,7 +194,7 @@ def test_latest_keeps_the_last_row_of_a_cell(tmp_path):
 def test_rewrite_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "parity.csv"
     records.append(path, [parity_row()])
-    records.rewrite(path, [parity_row(seed=seed) for seed in range(3)])
+    records.rewrite(path, ParityRow, lambda rows: [replace(row, seed=seed) for row in rows for seed in range(3)])
     before = path.read_bytes()
     assert [row.seed for row in records.load(path, ParityRow)] == [0, 1, 2]
 
@@ -199,9 +203,12 @@ def test_rewrite_is_all_or_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(records.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        records.rewrite(path, [parity_row(seed=9)])
+        records.rewrite(path, ParityRow, lambda rows: rows[:1])
     assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, records.LOCK}
+    monkeypatch.undo()
+    records.rewrite(path, ParityRow, lambda rows: [])
+    assert not path.exists()
 
 
 def test_short_write_is_a_full_disk(tmp_path, monkeypatch):
@@ -218,5 +225,5 @@ def test_results_folder(tmp_path):
 
 
 def test_rows_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(FrozenInstanceError):
         parity_row().seed = 1
