@@ -1,4 +1,4 @@
-"""The command line behind the nox sessions: `python -m harness parity|sweep|doctor`.
+"""The command line behind the nox sessions: `python -m harness parity|sweep|doctor|proof`.
 
 Exit codes: 0 all right; 1 something is wrong, too slow or missing in the results; 2 the command, the grid or the
 results folder is not usable; 130 interrupted (what was finished is on disk, and the same command resumes a sweep).
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness import doctor, environment, grid, parity, plots, records, summary, sweep
+from harness import ceilings, doctor, environment, grid, parity, plots, proof, records, summary, sweep
 from harness.parity import Settings
 from harness.rows import ParityRow, Row, SweepRow, latest
-from implementations.registry import select
+from harness.worker import Failure, Worker
+from implementations.registry import Device, select, unknown
 from spec.problem import PASSES
 
 console = Console(stderr=False)
@@ -62,12 +64,21 @@ def _sweep(options: argparse.Namespace) -> int:
     select([options.baseline])  # refuses an unknown one
     folder, settings = _open(options)
     checked_path, path = folder / "parity.csv", folder / "sweep.csv"
+    protocol = _protocol(options, settings.stamp.device)
     if options.fresh:
-        _forget(path, SweepRow, cells, settings)
-        _forget(checked_path, ParityRow, cells, settings)
+        _forget(path, SweepRow, cells, settings, lambda row: True)
+        _forget(checked_path, ParityRow, cells, settings, lambda row: True)
+    if options.retry:
+        _forget(path, SweepRow, cells, settings, lambda row: row.status not in ("ok", "unsupported"))
+        _forget(checked_path, ParityRow, cells, settings, lambda row: row.status not in ("ok", "unsupported"))
     checked = _load(checked_path, ParityRow)
-    left = sweep.unmeasured(cells, _load(path, SweepRow), checked, settings)
-    console.print(f"{sum(len(c.passes) for c in cells)} timings, {sum(len(c.passes) for c in left)} to do")
+    left = sweep.unmeasured(cells, _load(path, SweepRow), checked, protocol, settings)
+    everything, to_do = (len(protocol.caches) * sum(len(c.passes) for c in some) for some in (cells, left))
+    console.print(f"{everything} timings, {to_do} to do")
+    if options.status:
+        rows = sweep.of_cells(_load(path, SweepRow), cells, settings.stamp.device)
+        console.print(summary.sweep_status(rows, left, len(protocol.caches)))
+        return 0
     unchecked = sweep.unchecked(left, checked, settings)
     groups = parity.with_yardstick(unchecked)
     with _progress() as bar:
@@ -76,22 +87,67 @@ def _sweep(options: argparse.Namespace) -> int:
             records.append(checked_path, found)
             bar.update(task, advance=1, description=f"parity {cell.case.name} {cell.problem.dtype}")
         checked = _load(checked_path, ParityRow)
-        task = bar.add_task("sweep", total=sum(len(cell.passes) for cell in left))
-        for row in sweep.run(left, latest(checked), settings):
+        task = bar.add_task("sweep", total=to_do)
+        protocol = replace(protocol, ceilings=_ceilings(folder, left, settings))
+        for row, samples in sweep.run(left, latest(checked), protocol, settings):
+            records.append(folder / "samples.csv", samples)
             records.append(path, [row])
             bar.update(task, advance=1, description=f"{row.implementation} {row.case} {row.pass_}")
     _finish(checked_path, ParityRow)
     _finish(path, SweepRow)
+    records.pack_samples(folder)
     rows = sweep.of_cells(_load(path, SweepRow), cells, settings.stamp.device)
     console.print(summary.sweep_table(rows, options.baseline))
-    for line in summary.sweep_unsupported(rows):
+    for line in summary.sweep_notes(rows):
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     _print_plots(plots.parity_plots(folder) + plots.sweep_plots(folder, baseline=options.baseline), path)
     return 1 if any(row.status not in ("ok", "unsupported") for row in rows) else 0
 
 
+def _protocol(options: argparse.Namespace, device: Device) -> sweep.Protocol:
+    """Two processes and both caches on a GPU; on a CPU, whose times are no claim, one of each."""
+    caches = options.caches or (["warm"] if device == "cpu" else ["cold", "warm"])
+    for cache in caches:
+        if cache not in ("cold", "warm"):
+            raise ValueError(unknown("cache", cache, ("cold", "warm")))
+    if device == "cpu" and "cold" in caches:
+        raise ValueError("caches: expected warm on a CPU, whose caches this lab does not control, got cold")
+    processes = options.processes or (1 if device == "cpu" else 2)
+    if processes < 1:
+        raise ValueError(f"processes: expected at least 1, got {processes}")
+    return sweep.Protocol(processes, tuple(caches))
+
+
+def _ceilings(folder: Path, cells: list[grid.Cell], settings: Settings) -> ceilings.Ceilings | None:
+    """Measured now, and kept beside the rows; None on a CPU, where nothing is a performance claim."""
+    if settings.stamp.device == "cpu" or not cells:
+        return None
+    steps = list(dict.fromkeys((cell.problem.inner_model, cell.problem.head_dim) for cell in cells))
+    worker = Worker()
+    try:
+        found = worker.call(ceilings.measure, steps, settings.stamp.fingerprint, timeout=settings.timeout)
+    except Failure as failure:
+        console.print(f"no roofline: {failure.status}: {failure.reason}", style="yellow", markup=False)
+        return None
+    finally:
+        worker.close()
+    ceilings.save(found, folder)
+    return found
+
+
 def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(console)
+
+
+def _proof(options: argparse.Namespace) -> int:
+    stamp = environment.stamp("cuda", options.git_sha)
+    if not stamp.gpu:
+        raise ValueError("the timer is proven on a GPU, and the driver reports none")
+    folder = records.results_folder(options.results or environment.ROOT / "results" / environment.folder_name(stamp))
+    proofs = proof.run()
+    console.print(summary.proof_table(proofs))
+    console.print(f"  {proof.save(folder, proofs)}", highlight=False, soft_wrap=True)
+    return 0 if proofs and all(one.right for one in proofs) else 1
 
 
 def _cells(options: argparse.Namespace, passes: list[str] | None = None) -> list[grid.Cell]:
@@ -114,11 +170,13 @@ def _load(path: Path, kind: type[Row]) -> list[Row]:
     return records.load(path, kind) if path.exists() else []
 
 
-def _forget(path: Path, kind: type[Row], cells: Iterable[grid.Cell], settings: Settings) -> None:
-    """Take the rows of these cells out of the file; what is left replaces it at once."""
+def _forget(
+    path: Path, kind: type[Row], cells: Iterable[grid.Cell], settings: Settings, which: Callable[[Row], bool]
+) -> None:
+    """Take these rows of these cells out of the file; what is left replaces it at once."""
 
     def others(rows: list[Row]) -> list[Row]:
-        gone = set(map(id, sweep.of_cells(rows, cells, settings.stamp.device)))
+        gone = {id(row) for row in sweep.of_cells(rows, cells, settings.stamp.device) if which(row)}
         return [row for row in rows if id(row) not in gone]
 
     records.rewrite(path, kind, others)
@@ -152,7 +210,7 @@ def _integers(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness", description="TTT Lab: are kernels right, how fast?")
-    commands = parser.add_subparsers(required=True, metavar="parity | sweep | doctor")
+    commands = parser.add_subparsers(required=True, metavar="parity | sweep | doctor | proof")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--implementations", type=_names, metavar="A,B", help="keys or folders: torch.eager,jax")
     common.add_argument("--cases", type=_names, metavar="A,B", help="case names or group:small|size|stress|named")
@@ -176,9 +234,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--grid", default="default", metavar="NAME|FILE.toml", help="default, gpu or a file")
     command.add_argument("--passes", type=_names, metavar="A,B", help=",".join(PASSES))
     command.add_argument("--baseline", default="torch.eager", metavar="KEY", help="what speed-ups are relative to")
-    command.add_argument("--fresh", action="store_true", help="forget the rows of these cells first")
+    command.add_argument("--processes", type=int, metavar="N", help="for each implementation; default: 2 on a GPU")
+    command.add_argument("--caches", type=_names, metavar="A,B", help="cold,warm; default: both on a GPU")
+    start = command.add_mutually_exclusive_group()
+    start.add_argument("--fresh", action="store_true", help="forget the rows of these cells first")
+    start.add_argument("--retry", choices=["failed"], help="forget those that are neither ok nor unsupported first")
+    start.add_argument("--status", action="store_true", help="say what is done and what is left, and measure nothing")
     command.set_defaults(command=_sweep)
 
     command = commands.add_parser("doctor", help="show that the checker catches planted faults")
     command.set_defaults(command=_doctor)
+
+    command = commands.add_parser("proof", help="hold the device timer to kernels of known duration")
+    command.add_argument("--results", type=Path, metavar="DIR", help="default: results/<device>")
+    command.add_argument("--git-sha", metavar="SHA", help="the commit, where the tree is a copy without .git")
+    command.set_defaults(command=_proof)
     return parser

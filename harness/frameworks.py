@@ -25,6 +25,7 @@ class Unsupported(Exception):
 class Framework(Protocol):
     """The few things that the harness asks of PyTorch and JAX alike."""
 
+    name: str
     device: Device
 
     def arrays(self, tensors: Any, strided: bool = False) -> Any:
@@ -48,6 +49,15 @@ class Framework(Protocol):
     def peak_memory_bytes(self) -> int | None:
         """The most device memory in use since the last reset; None where it is not counted."""
 
+    def allocated_bytes(self) -> int | None:
+        """The device memory in use; None where it is not counted."""
+
+    def l2_bytes(self) -> int:
+        """The size of the device's L2 cache; 0 on a CPU, where nothing is measured cold."""
+
+    def touch(self) -> None:
+        """Run something small on the device and wait for it."""
+
 
 def open_framework(name: str, device: Device) -> Framework:
     """The framework `name` on `device`.
@@ -57,6 +67,21 @@ def open_framework(name: str, device: Device) -> Framework:
     """
     kinds: dict[str, Callable[[Device], Framework]] = {"torch": _Torch, "jax": _Jax}
     return kinds[name](device)
+
+
+def l2_bytes() -> int:
+    """The L2 cache of the GPU that CUDA uses first, from its driver; 0 where there is none.
+
+    Raises:
+        RuntimeError: the driver does not say.
+    """
+    cuda = ctypes.CDLL("libcuda.so.1")
+    attribute, device, value = 38, ctypes.c_int(), ctypes.c_int()  # CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE
+    failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0)
+    failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    if failed or value.value <= 0:
+        raise RuntimeError(f"the driver does not say how large the L2 cache is: error {failed}")
+    return value.value
 
 
 def versions() -> str:
@@ -79,6 +104,8 @@ def _poison_malloc() -> None:
 
 
 class _Torch:
+    name = "torch"
+
     def __init__(self, device: Device):
         import torch
 
@@ -125,8 +152,19 @@ class _Torch:
     def peak_memory_bytes(self) -> int | None:
         return self.torch.cuda.max_memory_allocated() if self.device == "cuda" else None
 
+    def allocated_bytes(self) -> int | None:
+        return self.torch.cuda.memory_allocated() if self.device == "cuda" else None
+
+    def l2_bytes(self) -> int:
+        return l2_bytes() if self.device == "cuda" else 0
+
+    def touch(self) -> None:
+        self.synchronize(self.torch.ones(1, device=self.device) + 1)
+
 
 class _Jax:
+    name = "jax"
+
     def __init__(self, device: Device):
         import jax
 
@@ -159,6 +197,15 @@ class _Jax:
 
     def peak_memory_bytes(self) -> int | None:
         return None
+
+    def allocated_bytes(self) -> int | None:
+        return None
+
+    def l2_bytes(self) -> int:
+        return l2_bytes() if self.device == "cuda" else 0
+
+    def touch(self) -> None:
+        self.synchronize(self.jax.device_put(np.ones(1), self.place) + 1)
 
 
 _BF16 = NUMPY_DTYPE["bf16"]

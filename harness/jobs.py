@@ -1,4 +1,4 @@
-"""What a worker process is asked to do: compute a truth, check a cell, time a cell."""
+"""What a worker process is asked to do: compute a truth, check a cell, time blocks of calls."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import timing
 from harness.check import TensorCheck, Truth, examine
 from harness.frameworks import Framework, open_framework
+from harness.timing import Block, Cache, Ready, Stand, Subject
 from implementations.registry import Device, Implementation, implementations
 from spec.cases import Case, draw
 from spec.cost import affordable_form
@@ -55,18 +55,51 @@ def check(key: str, case: Case, problem: Problem, seed: int, device: Device, fol
         framework.release_memory()
 
 
-def time(key: str, case: Case, problem: Problem, pass_: Pass, seed: int, device: Device) -> timing.Timing:
-    """How long `pass_` of implementation `key` takes on `case`."""
-    entry, framework = _open(key, device)
-    page = entry.page(problem)
-    inputs, cotangents = draw(case, problem, seed)
-    given, pulled = framework.arrays(inputs, case.strided), framework.arrays(cotangents, case.strided)
-    if pass_ == "forward":
-        return timing.measure(lambda: page.forward(given, problem), framework)
-    if pass_ == "backward":
-        _, residuals = page.forward(given, problem)
-        return timing.measure(lambda: page.backward(pulled, residuals, problem), framework)
-    return timing.measure(lambda: page.backward(pulled, page.forward(given, problem)[1], problem), framework)
+def start(key: str, device: Device) -> None:
+    """Import what implementation `key` needs."""
+    _open(key, device)
+
+
+def ready(subject: Subject, pass_: Pass) -> Ready:
+    """Get a pass ready to be timed."""
+    return _at(subject, pass_)[1]
+
+
+def settle(subject: Subject, pass_: Pass) -> None:
+    """Warm the GPU up until its clock has settled."""
+    _at(subject, pass_)[0].settle()
+
+
+def block(subject: Subject, pass_: Pass, cache: Cache, calls: int) -> Block:
+    """Time so many calls of the pass."""
+    return _at(subject, pass_)[0].block(cache, calls)
+
+
+def clear() -> None:
+    """Give up what is ready, and its memory."""
+    global _stand
+    if _stand is not None:
+        _stand[0].close()
+    _stand = None
+
+
+_stand: tuple[Stand, Ready, Pass] | None = None
+
+
+def _at(subject: Subject, pass_: Pass) -> tuple[Stand, Ready]:
+    """The stand with this pass ready: the one there is, also where this process was started anew meanwhile."""
+    global _stand
+    if _stand is None or _stand[0].subject != subject:
+        clear()
+        stand = Stand(subject, _open(subject.key, subject.device)[1])
+    elif _stand[2] == pass_:
+        return _stand[:2]
+    else:
+        stand = _stand[0]
+    _stand = None  # its memory is free where what follows fails
+    now = stand.ready(pass_)
+    _stand = stand, now, pass_
+    return stand, now
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class _Runner:
         self.settings = settings
         self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ttt-lab-truth-")))
         self._slots = threading.Semaphore(settings.jobs)
+        self._waiting_for_all = threading.Lock()
         self._ahead = threading.Semaphore(_AHEAD)
         self._stopped = False
         stack.callback(self._stop)
@@ -117,11 +118,27 @@ class _Runner:
         return self._call(worker, jobs.check, cell.entry.key, *arguments)
 
     def _call(self, worker: Worker, function: Any, *arguments: Any) -> Any:
-        with self._slots:
-            try:
-                return worker.call(function, *arguments, timeout=self.settings.timeout)
-            except Failure as failure:
-                return failure
+        """What the call returns or the `Failure`; out of device memory, it is tried again with nothing beside it."""
+        for slots in (1, self.settings.jobs):
+            with self._taking(slots):
+                try:
+                    return worker.call(function, *arguments, timeout=self.settings.timeout)
+                except Failure as failure:
+                    last = failure
+            if last.status != "oom" or self.settings.stamp.device == "cpu":
+                break
+            worker.stop()
+        return last
+
+    @contextmanager
+    def _taking(self, slots: int) -> Iterator[None]:
+        with self._waiting_for_all if slots > 1 else nullcontext():
+            for _ in range(slots):
+                self._slots.acquire()
+        try:
+            yield
+        finally:
+            self._slots.release(slots)
 
     def _submit(self, lane: str, function: Any, *arguments: Any) -> Future:
         if lane not in self._lanes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from rich.box import SIMPLE_HEAD
@@ -10,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from harness.grid import Cell
+from harness.proof import Proof
 from harness.rows import ParityRow, SweepRow
 
 
@@ -47,12 +50,12 @@ def parity_failures(rows: Iterable[ParityRow], limit: int = 20) -> Iterator[str]
 def sweep_table(rows: Iterable[SweepRow], baseline: str) -> Table:
     """(Case, pass) × implementation: the time, and how many times faster than the baseline.
 
-    What is unsupported throughout has no column: `sweep_unsupported` names it.
+    What is unsupported throughout has no column: `sweep_notes` names it.
     """
     keyed = {(row.implementation, *_cell(row)): row for row in rows}
     implementations = dict.fromkeys(row.implementation for row in keyed.values() if row.status != "unsupported")
     table = _table(f"median ms of one call, and how many times faster than {baseline}")
-    for name in ("inner", "case", "dtype", "pass"):
+    for name in ("inner", "case", "dtype", "pass", "cache"):
         table.add_column(name, no_wrap=name != "case", overflow="fold")
     for name in implementations:
         table.add_column(name.replace(".", ".\n"), overflow="fold")  # a number is never cut
@@ -64,8 +67,8 @@ def sweep_table(rows: Iterable[SweepRow], baseline: str) -> Table:
     return table
 
 
-def sweep_unsupported(rows: Iterable[SweepRow]) -> Iterator[str]:
-    """One line that names the implementations that are unsupported throughout, and why; none where all ran."""
+def sweep_notes(rows: Iterable[SweepRow]) -> Iterator[str]:
+    """A line that names the implementations that are unsupported throughout, and why; a line on throttled rows."""
     of: dict[str, list[SweepRow]] = {}
     for row in rows:
         of.setdefault(row.implementation, []).append(row)
@@ -75,15 +78,49 @@ def sweep_unsupported(rows: Iterable[SweepRow]) -> Iterator[str]:
             names.setdefault(", ".join(dict.fromkeys(row.reason for row in group)), []).append(name)
     if names:
         yield "unsupported: " + "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in names.items())
+    timed = [row for group in of.values() for row in group if row.device_ms is not None]
+    if throttled := [row for row in timed if row.throttled]:
+        reasons = ", ".join(sorted({row.throttle_reasons for row in throttled}))
+        yield f"throttled: {len(throttled)} of {len(timed)} times, the clock was held back by {reasons}"
+
+
+def sweep_status(rows: Iterable[SweepRow], left: Iterable[Cell], caches: int) -> Table:
+    """Implementation × status: how many timings there are, and how many are still to do."""
+    done: Counter[tuple[str, str]] = Counter((row.implementation, row.status) for row in rows)
+    to_do: Counter[str] = Counter()
+    for cell in left:
+        to_do[cell.entry.key] += caches * len(cell.passes)
+    statuses = sorted({status for _, status in done})
+    table = _table("timings on disk by status, and those to do: never done, or of other code or another machine")
+    for name in ("implementation", *statuses, "to do"):
+        table.add_column(name)
+    for name in dict.fromkeys([name for name, _ in done] + list(to_do)):
+        table.add_row(name, *(str(done[name, status] or "") for status in statuses), str(to_do[name] or ""))
+    return table
+
+
+def proof_table(proofs: Iterable[Proof]) -> Table:
+    """What the device timer reads beside what is known."""
+    table = _table("milliseconds on the device: read by the timer, and known otherwise")
+    for name in ("framework", "what", "timer", "known by", "known", "read", "error", "host", "returned", "kernels"):
+        table.add_column(name)
+    for one in proofs:
+        error = f"{one.error:+.2%}" if one.error is not None else "below" if one.right else "above"
+        times = (f"{ms:.4g}" for ms in (one.known_ms, one.device_ms))
+        host = (f"{ms:.4g}" for ms in (one.host_ms, one.returned_ms))
+        style = "" if one.right else "red"
+        who = one.framework, one.what, one.timer, one.known_by
+        table.add_row(*who, *times, error, *host, str(one.launches or ""), style=style)
+    return table
 
 
 def _table(title: str) -> Table:
     return Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
 
 
-def _cell(row: SweepRow) -> tuple[str, str, str, str]:
+def _cell(row: SweepRow) -> tuple[str, ...]:
     dtype = row.dtype if row.matmul_precision == "ieee" else row.matmul_precision
-    return row.inner_model, row.case, dtype, row.pass_.replace("forward_backward", "fwd+bwd")
+    return row.inner_model, row.case, dtype, row.pass_.replace("forward_backward", "fwd+bwd"), row.cache
 
 
 def _sweep_cell(row: SweepRow | None, base: SweepRow | None) -> Text:

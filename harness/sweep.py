@@ -1,4 +1,8 @@
-"""Time implementations over a grid: parity first, one implementation at a time, every row on disk as it is made.
+"""Time implementations over a grid: parity first, the implementations of a cell in turns, every row on disk at once.
+
+Each implementation runs in processes of its own, two on a GPU. All of them get a pass ready; then blocks of calls are
+timed in turn, one at a time on the device, so that a drift of its clock meets all alike. What runs out of device
+memory is tried again alone.
 
 A cell whose implementation, spec, package versions and GPU are those of a row that is there already, and that was
 checked with this seed, is not measured again: the same command resumes. Times do not depend on the numbers, so
@@ -7,44 +11,73 @@ checked with this seed, is not measured again: the same command resumes. Times d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+import fcntl
+import itertools
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from harness import jobs, timing
+from harness import ceilings, jobs
+from harness.ceilings import Ceilings
+from harness.environment import Stamp
 from harness.grid import Cell
 from harness.parity import Settings, cell_columns
-from harness.rows import ParityRow, Row, SweepRow
+from harness.rows import ParityRow, Row, SampleRow, SweepRow
+from harness.timing import Block, Cache, Ready, Subject, percentiles
 from harness.worker import Failure, Worker
 from implementations.registry import Device
 from spec.cost import bytes_min, flops
-from spec.problem import Pass
+from spec.problem import PASSES, Pass
 
+ROUNDS = 5
+BLOCK_SECONDS = 0.05
+BLOCK_CALLS = 20
 # Not `unsupported`: what was missing may have been installed since.
 _FINAL = ("ok", "wrong", "oom", "timeout", "crash", "error")
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """How a cell is measured: in how many processes for each implementation, with which caches."""
+
+    processes: int
+    caches: tuple[Cache, ...]
+    ceilings: Ceilings | None = None
+
+
 def unchecked(cells: Iterable[Cell], rows: Iterable[ParityRow], settings: Settings) -> list[Cell]:
     """The cells that can run and have no parity rows of this code on this machine and seed."""
-    known = {_cell_key(row) for row in rows if row.seed == settings.seed and _is_current(row, settings)}
+    known = {_cell_key(row) for row in rows if row.seed == settings.seed and _is_current(row, settings.stamp)}
     can_run = (cell for cell in cells if not cell.entry.unsupported(cell.problem, settings.stamp.device))
-    return [cell for cell in can_run if _cell_key_of(cell, settings) not in known]
+    return [cell for cell in can_run if _cell_key_of(cell, settings.stamp) not in known]
 
 
 def unmeasured(
-    cells: Iterable[Cell], rows: Iterable[SweepRow], checked: Iterable[ParityRow], settings: Settings
+    cells: Iterable[Cell],
+    rows: Iterable[SweepRow],
+    checked: Iterable[ParityRow],
+    protocol: Protocol,
+    settings: Settings,
 ) -> list[Cell]:
-    """The cells, each with the passes that have no row of this code on this machine; all, if it is unchecked."""
+    """The cells, each with the passes that lack a row of this code on this machine; all, if it is unchecked."""
     cells = list(cells)
-    afresh = {_cell_key_of(cell, settings) for cell in unchecked(cells, checked, settings)}
-    known = {
-        (*_cell_key(row), row.pass_) for row in rows if _is_current(row, settings) and row.gpu == settings.stamp.gpu
-    }
+    afresh = {_cell_key_of(cell, settings.stamp) for cell in unchecked(cells, checked, settings)}
+    known = {(*_cell_key(row), row.pass_, row.cache) for row in rows if _is_current(row, settings.stamp)}
     left = []
     for cell in cells:
-        key = _cell_key_of(cell, settings)
-        passes = tuple(pass_ for pass_ in cell.passes if key in afresh or (*key, pass_) not in known)
-        if passes:
+        key = _cell_key_of(cell, settings.stamp)
+
+        def lacks(pass_: Pass, key: tuple[Any, ...] = key) -> bool:
+            return key in afresh or any((*key, pass_, cache) not in known for cache in protocol.caches)
+
+        if passes := tuple(filter(lacks, cell.passes)):
             left.append(cell._replace(passes=passes))
     return left
 
@@ -56,38 +89,215 @@ def of_cells(rows: Iterable[Row], cells: Iterable[Cell], device: Device) -> list
     return [row for row, of in found if of is not None and (not isinstance(row, SweepRow) or row.pass_ in of)]
 
 
-def run(cells: Iterable[Cell], checked: Iterable[ParityRow], settings: Settings) -> Iterator[SweepRow]:
+def run(
+    cells: Iterable[Cell], checked: Iterable[ParityRow], protocol: Protocol, settings: Settings
+) -> Iterator[tuple[SweepRow, list[SampleRow]]]:
     """Time every pass of every cell that `checked` found right; the others become rows that say why not."""
     verdicts: dict[Any, list[ParityRow]] = {}
     for row in checked:
-        if row.seed == settings.seed and row.versions == settings.stamp.versions:
+        if row.seed == settings.seed and row.fingerprint == settings.stamp.fingerprint:
             verdicts.setdefault(_cell_key(row), []).append(row)
-    by_implementation: dict[str, list[Cell]] = {}
+    groups: dict[Any, list[Cell]] = {}
     for cell in cells:
-        by_implementation.setdefault(cell.entry.key, []).append(cell)
-    for queue in by_implementation.values():
-        worker = Worker()
-        try:
-            for cell in queue:
-                rows = verdicts.get(_cell_key_of(cell, settings), [])
+        groups.setdefault((cell.case.name, cell.problem), []).append(cell)
+    bench = _Bench(protocol, settings)
+    try:
+        for group in groups.values():
+            to_measure: list[tuple[Cell, dict[Pass, SweepRow]]] = []
+            for cell in group:
+                rows = verdicts.get(_cell_key_of(cell, settings.stamp), [])
+                blanks = {}
                 for pass_ in cell.passes:
-                    yield _row(cell, pass_, rows, worker, settings)
+                    blank = _blank(cell, pass_, rows, settings.stamp, protocol.ceilings)
+                    if failure := _obstacle(cell, pass_, rows, settings.stamp.device):
+                        yield from ((_failed(blank, failure, cache), []) for cache in protocol.caches)
+                    else:
+                        blanks[pass_] = blank
+                to_measure.append((cell, blanks))
+            yield from bench.measure(to_measure)
+    finally:
+        bench.close()
+
+
+class _Subject:
+    """One cell of an implementation in the turns of one pass: its processes, and what they gave so far."""
+
+    def __init__(self, cell: Cell, workers: list[Worker], settings: Settings):
+        self.cell, self.workers = cell, workers
+        self.failure: Failure | None = None
+        self.ready: list[Ready] = []
+        self.blocks: dict[Cache, list[tuple[int, int, Block]]] = {}  # process, round, block
+        self.refused: dict[Cache, Failure] = {}
+        self._left_s = settings.timeout
+        stamp = settings.stamp
+        self._subject = Subject(cell.entry.key, cell.case, cell.problem, settings.seed, stamp.device)
+
+    def call(self, process: int, job: Any, *arguments: Any) -> Any:
+        """What `job` gives in one process; None once this cell has failed, or fails now."""
+        if self.failure:
+            return None
+        started = time.monotonic()
+        try:
+            return self.workers[process].call(job, self._subject, *arguments, timeout=max(self._left_s, 0.01))
+        except Failure as failure:
+            self.failure = failure
+            return None
         finally:
+            self._left_s -= time.monotonic() - started
+
+    def start(self, process: int) -> None:
+        """Have one process import its framework."""
+        if not self.workers[process].running:
+            try:
+                self.workers[process].call(jobs.start, self._subject.key, self._subject.device, timeout=self._left_s)
+            except Failure as failure:
+                self.failure = failure
+
+    def clear(self) -> None:
+        """Give the device's memory back; a process that cannot is ended."""
+        for worker in self.workers:
+            if worker.running:
+                try:
+                    worker.call(jobs.clear, timeout=60)
+                except Failure:
+                    worker.stop()
+
+
+class _Bench:
+    """The processes of a sweep, kept from cell to cell."""
+
+    def __init__(self, protocol: Protocol, settings: Settings):
+        self._protocol, self._settings = protocol, settings
+        self._workers: dict[str, list[Worker]] = {}
+
+    def close(self) -> None:
+        for worker in itertools.chain(*self._workers.values()):
             worker.close()
 
+    def measure(self, cells: list[tuple[Cell, dict[Pass, SweepRow]]]) -> Iterator[tuple[SweepRow, list[SampleRow]]]:
+        """The rows of one problem: pass by pass, the implementations in turns."""
+        for pass_ in PASSES:
+            subjects = [self._subject(cell) for cell, blanks in cells if pass_ in blanks]
+            with _device_to_itself(self._settings.stamp):
+                self._take_turns(subjects, pass_)
+                for number, subject in enumerate(subjects):
+                    if subject.failure and subject.failure.status == "oom" and self._memory_is_shared(subject):
+                        subjects[number] = self._alone(subject.cell, pass_)
+            blanks_of = {id(cell): blanks for cell, blanks in cells}
+            for subject in subjects:
+                blank = blanks_of[id(subject.cell)][pass_]
+                yield from (_result(subject, blank, cache) for cache in self._protocol.caches)
+        for cell, _ in cells:
+            self._subject(cell).clear()
 
-def _row(cell: Cell, pass_: Pass, checked: list[ParityRow], worker: Worker, settings: Settings) -> SweepRow:
-    stamp = settings.stamp
-    blank = SweepRow(
+    def _subject(self, cell: Cell) -> _Subject:
+        key = cell.entry.key
+        if key not in self._workers:
+            self._workers[key] = [Worker() for _ in range(self._protocol.processes)]
+        return _Subject(cell, self._workers[key], self._settings)
+
+    def _take_turns(self, subjects: Sequence[_Subject], pass_: Pass) -> None:
+        turns = list(itertools.product(range(self._protocol.processes), subjects))
+        with ThreadPoolExecutor(max(len(turns), 1)) as pool:  # importing a framework takes seconds
+            list(pool.map(lambda turn: turn[1].start(turn[0]), turns))
+        for process, subject in turns:
+            if ready := subject.call(process, jobs.ready, pass_):
+                subject.ready.append(ready)
+        for subject in subjects[:1]:
+            subject.call(0, jobs.settle, pass_)
+        for cache, round_ in itertools.product(self._protocol.caches, range(ROUNDS)):
+            first = round_ % max(len(turns), 1)  # nobody always follows the same one
+            for process, subject in turns[first:] + turns[:first]:
+                _block(subject, process, round_, pass_, cache)
+
+    def _alone(self, cell: Cell, pass_: Pass) -> _Subject:
+        """The pass of this cell with nothing else on the device, one process after the other."""
+        for worker in itertools.chain(*self._workers.values()):
+            worker.stop()
+        subject = self._subject(cell)
+        for process in range(self._protocol.processes):
+            if ready := subject.call(process, jobs.ready, pass_):
+                subject.ready.append(ready)
+                subject.call(process, jobs.settle, pass_)
+            for cache, round_ in itertools.product(self._protocol.caches, range(ROUNDS)):
+                _block(subject, process, round_, pass_, cache)
+            subject.workers[process].stop()
+        return subject
+
+    def _memory_is_shared(self, subject: _Subject) -> bool:
+        return sum(worker.running for worker in itertools.chain(*self._workers.values())) > 1
+
+
+def _block(subject: _Subject, process: int, round_: int, pass_: Pass, cache: Cache) -> None:
+    if subject.failure or cache in subject.refused:
+        return
+    calls = int(BLOCK_SECONDS * 1e3 / subject.ready[process].call_ms)
+    block = subject.call(process, jobs.block, pass_, cache, min(max(calls, 1), BLOCK_CALLS))
+    if block:
+        subject.blocks.setdefault(cache, []).append((process, round_, block))
+    elif subject.failure and subject.failure.status == "unsupported":  # this cache, not this pass
+        subject.refused[cache], subject.failure = subject.failure, None
+
+
+def _result(subject: _Subject, blank: SweepRow, cache: Cache) -> tuple[SweepRow, list[SampleRow]]:
+    blocks = subject.blocks.get(cache, [])
+    if failure := subject.failure or subject.refused.get(cache):
+        return _failed(blank, failure, cache), []
+    samples = [sample for _, _, block in blocks for sample in block.samples]
+    p20, median, p80 = percentiles([sample.device_ms for sample in samples])
+    states = [block.state for _, _, block in blocks if block.state]
+    throttles = sorted({reason for state in states for reason in state.throttles})
+    first, last = subject.ready[0], blocks[-1][2]
+    row = replace(
+        blank,
+        status="ok",
+        reason="",
+        cache=cache,
+        device_ms=median,
+        device_ms_p20=p20,
+        device_ms_p80=p80,
+        host_ms=statistics.median(sample.host_ms for sample in samples),
+        first_call_s=first.first_call_s,
+        samples=len(samples),
+        timer=first.timer,
+        peak_memory_bytes=first.peak_memory_bytes,
+        roofline_fraction=blank.roofline_ms / median if blank.roofline_ms else None,
+        launches=last.launches,
+        kernels=last.kernels,
+        sm_clock_mhz=statistics.median(state.sm_clock_mhz for state in states) if states else None,
+        power_w=statistics.median(state.power_w for state in states) if states else None,
+        throttled=bool(throttles) if states else None,
+        throttle_reasons="; ".join(throttles),
+        processes=len({process for process, _, _ in blocks}),
+    )
+    return row, [
+        SampleRow(
+            **{name: getattr(row, name) for name in ("run_id", *SampleRow.KEY)},
+            process=process,
+            block=round_,
+            device_ms=sample.device_ms,
+            host_ms=sample.host_ms,
+            sm_clock_mhz=block.state.sm_clock_mhz if block.state else None,
+        )
+        for process, round_, block in blocks
+        for sample in block.samples
+    ]
+
+
+def _blank(cell: Cell, pass_: Pass, checked: list[ParityRow], stamp: Stamp, limits: Ceilings | None) -> SweepRow:
+    """The row of a cell before it is measured."""
+    return SweepRow(
         **cell_columns(cell),
         run_id=stamp.run_id,
         pass_=pass_,
         status="error",
         reason="not measured",
         cache="warm",
-        timer=timing.TIMER,
         flops=flops(cell.problem, pass_),
         bytes_min=bytes_min(cell.problem, pass_),
+        roofline_ms=ceilings.roofline_ms(limits, cell.problem, pass_),
+        latency_floor_ms=ceilings.latency_floor_ms(limits, cell.problem, pass_),
+        error_ratio=max((row.error_ratio or 0 for row in checked), default=None),
         gpu=stamp.gpu,
         driver=stamp.driver,
         cuda=stamp.cuda,
@@ -96,58 +306,47 @@ def _row(cell: Cell, pass_: Pass, checked: list[ParityRow], worker: Worker, sett
         versions=stamp.versions,
         started_at=stamp.started_at,
         device=stamp.device,
+        fingerprint=stamp.fingerprint,
     )
-    if reason := cell.entry.unsupported(cell.problem, stamp.device):
-        return replace(blank, status="unsupported", reason=reason)
-    if not checked:
-        return replace(blank, reason="has no parity check")
-    ratio = max((row.error_ratio or 0 for row in checked), default=None)
-    for row in checked:
-        if row.status != "ok":
-            return replace(blank, status=row.status, reason=row.reason, error_ratio=ratio)
+
+
+def _obstacle(cell: Cell, pass_: Pass, checked: list[ParityRow], device: Device) -> Failure | None:
+    """Why this pass is not to be timed."""
+    if reason := cell.entry.unsupported(cell.problem, device):
+        return Failure("unsupported", reason)
     if pass_ not in cell.entry.passes:
-        return replace(blank, status="unsupported", reason=f"has no {pass_} pass")
-    try:
-        timed = worker.call(
-            jobs.time,
-            cell.entry.key,
-            cell.case,
-            cell.problem,
-            pass_,
-            settings.seed,
-            stamp.device,
-            timeout=settings.timeout,
-        )
-    except Failure as failure:
-        return replace(blank, status=failure.status, reason=failure.reason, error_ratio=ratio)
-    return replace(
-        blank,
-        status="ok",
-        reason="",
-        device_ms=timed.median_ms,
-        device_ms_p20=timed.p20_ms,
-        device_ms_p80=timed.p80_ms,
-        host_ms=timed.median_ms,
-        first_call_s=timed.first_call_s,
-        samples=timed.samples,
-        peak_memory_bytes=timed.peak_memory_bytes,
-        error_ratio=ratio,
-    )
+        return Failure("unsupported", f"has no {pass_} pass")
+    if not checked:
+        return Failure("error", "has no parity check")
+    return next((Failure(row.status, row.reason) for row in checked if row.status != "ok"), None)
 
 
-def _is_current(row: ParityRow | SweepRow, settings: Settings) -> bool:
-    return row.status in _FINAL and row.versions == settings.stamp.versions
+def _failed(blank: SweepRow, failure: Failure, cache: Cache) -> SweepRow:
+    return replace(blank, status=failure.status, reason=failure.reason, cache=cache)
+
+
+@contextmanager
+def _device_to_itself(stamp: Stamp) -> Iterator[None]:
+    """No other sweep of this machine measures on the device meanwhile."""
+    name = re.sub(r"\W+", "-", f"{stamp.device}-{stamp.gpu}") if stamp.device == "cuda" else "cpu"
+    with (Path(tempfile.gettempdir()) / f"ttt-lab-{name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _is_current(row: ParityRow | SweepRow, stamp: Stamp) -> bool:
+    return row.status in _FINAL and row.fingerprint == stamp.fingerprint
 
 
 def _cell_key(row: ParityRow | SweepRow) -> tuple[Any, ...]:
     return (*_place(row), row.source_hash)
 
 
-def _cell_key_of(cell: Cell, settings: Settings) -> tuple[Any, ...]:
-    return (*_place_of(cell, settings.stamp.device), cell.entry.source_hash())
+def _cell_key_of(cell: Cell, stamp: Stamp) -> tuple[Any, ...]:
+    return (*_place_of(cell, stamp.device), cell.entry.source_hash())
 
 
-def _place(row: ParityRow | SweepRow) -> tuple[Any, ...]:
+def _place(row: ParityRow | SweepRow | SampleRow) -> tuple[Any, ...]:
     return (*(getattr(row, name) for name in _KEY), row.device)
 
 

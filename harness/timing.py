@@ -1,7 +1,7 @@
-"""How long a call takes: the one function that every time in a report comes from.
+"""How one implementation is timed in one process: what is called, on which inputs, in blocks of calls.
 
-The rule is the same for every framework: the host's clock around one call and the wait for its results. It
-includes launch overhead, and says so: the `timer` of such a row is `host_sync`.
+Warm blocks call on one set of inputs, again and again. Cold blocks rotate over so many sets that more than three
+times the L2 cache is touched before a set comes back. Every block starts with a call that is not counted.
 """
 
 from __future__ import annotations
@@ -9,44 +9,153 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from harness.frameworks import Framework
+from harness import gpu_state
+from harness.device_clock import Sample, open_clock
+from harness.frameworks import Framework, Unsupported
+from harness.gpu_state import GpuState
+from implementations.registry import Device, implementations
+from spec.cases import Case, draw
+from spec.problem import Pass, Problem
 
-TIMER = "host_sync"
+Cache = Literal["cold", "warm"]
 WARM_UP_CALLS = 2
-SAMPLES = (5, 50)  # at least, at most
-SECONDS = 1.0  # stop sampling after this long, once there are enough
+SETTLE_SECONDS = 1.0  # at most: calls until two readings of the clock agree
+SETTLE_STEP_SECONDS = 0.1
+COLD_L2 = 3  # so many times the L2 cache
+MOST_SETS = 256  # smaller inputs would take thousands
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Times in milliseconds over `samples` calls; `first_call_s` in seconds, compilation and autotuning in it."""
+class Subject:
+    """What is timed: implementation `key` on the inputs of `case`, drawn from `seed`."""
 
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
+    key: str
+    case: Case
+    problem: Problem
+    seed: int
+    device: Device
+
+
+class Ready(NamedTuple):
+    """A pass that can be timed. `first_call_s`: compilation and autotuning in it; `call_ms`: roughly, by the host."""
+
     first_call_s: float
-    samples: int
+    call_ms: float
+    timer: str
     peak_memory_bytes: int | None
 
 
-def measure(call: Callable[[], Any], framework: Framework) -> Timing:
-    """Time `call` warm: its inputs are in whatever cache the call before left them in."""
+class Block(NamedTuple):
+    """Calls timed without a break, and the GPU's state right after them."""
 
-    def once() -> float:
+    samples: list[Sample]
+    launches: int | None
+    kernels: str
+    state: GpuState | None
+
+
+class Stand:
+    """One subject in this process, with its inputs on the device; one pass at a time is ready to be timed."""
+
+    def __init__(self, subject: Subject, framework: Framework):
+        self.subject = subject
+        self._framework = framework
+        self._clock = open_clock(framework)
+        self._page = implementations()[subject.key].page(subject.problem)
+        inputs, cotangents = draw(subject.case, subject.problem, subject.seed)
+        one_set = sum(x.nbytes for x in inputs)
+        needed = max(1, -(-COLD_L2 * framework.l2_bytes() // one_set))  # rounded up
+        count = min(needed, MOST_SETS)
+        self._can_be_cold = needed <= MOST_SETS and subject.device != "cpu"
+        strided = subject.case.strided
+        self._empty_bytes = framework.allocated_bytes()
+        self._inputs = [framework.arrays(inputs, strided) for _ in range(count)]
+        self._cotangents = [framework.arrays(cotangents, strided) for _ in range(count)]
+        self._first_s: dict[str, float] = {}
+        self._pass: Pass | None = None
+        self._calls: list[Callable[[], Any]] = []
+        self._next = 0
+
+    def ready(self, pass_: Pass) -> Ready:
+        """Make the calls of a pass, and make the first ones."""
+        self._calls, self._pass, self._next = [], pass_, 0
+        framework, page, problem = self._framework, self._page, self.subject.problem
+        if "forward" not in self._first_s:
+            self._first_s["forward"] = self._host_s(lambda: page.forward(self._inputs[0], problem))
+        if pass_ != "forward" and "backward" not in self._first_s:
+            _, residuals = page.forward(self._inputs[0], problem)
+            self._first_s["backward"] = self._host_s(
+                lambda: page.backward(self._cotangents[0], residuals, problem)
+            )
+            del residuals
+        self._calls = [self._call(pass_, number) for number in range(len(self._inputs))]
+        first = self._first_s.get(pass_) or self._first_s["forward"] + self._first_s["backward"]
+        for _ in range(WARM_UP_CALLS):
+            seconds = self._host_s(self._calls[0])
+        before = framework.allocated_bytes()
+        framework.reset_peak_memory()
+        seconds = self._host_s(self._calls[0])
+        peak = framework.peak_memory_bytes()
+        if peak is not None and before is not None and self._empty_bytes is not None:
+            peak += (before - self._empty_bytes) // len(self._calls) - before  # what one set of inputs takes, not all
+        return Ready(first, seconds * 1e3, self._clock.name, peak)
+
+    def settle(self) -> None:
+        """Call until the GPU's clock has stopped to rise or fall, for `SETTLE_SECONDS` at most."""
+        started, last = time.perf_counter(), gpu_state.read()
+        while last is not None and time.perf_counter() - started < SETTLE_SECONDS:
+            step = time.perf_counter()
+            while time.perf_counter() - step < SETTLE_STEP_SECONDS:
+                self._host_s(self._calls[0])
+            now = gpu_state.read()
+            if now is None or abs(now.sm_clock_mhz - last.sm_clock_mhz) <= 0.01 * last.sm_clock_mhz:
+                return
+            last = now
+
+    def block(self, cache: Cache, calls: int) -> Block:
+        """Time so many calls of the pass that is ready.
+
+        Raises:
+            Unsupported: it cannot be measured cold.
+        """
+        if cache == "cold" and not self._can_be_cold:
+            raise Unsupported(f"too small to be measured cold: {COLD_L2} x L2 is more than {MOST_SETS} sets of inputs")
+        timed = [self._calls[0]] * calls if cache == "warm" else [self._rotate() for _ in range(calls)]
+        self._host_s(self._calls[0] if cache == "warm" else self._rotate())
+        samples, launches, kernels = self._clock.time(timed)
+        return Block(samples, launches, kernels, gpu_state.read())
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        self._calls, self._inputs, self._cotangents = [], [], []
+        self._framework.release_memory()
+
+    def _call(self, pass_: Pass, number: int) -> Callable[[], Any]:
+        """A call of the pass on one set of inputs, which holds what it needs."""
+        page, problem = self._page, self.subject.problem
+        inputs, cotangents = self._inputs[number], self._cotangents[number]
+        if pass_ == "forward":
+            return lambda: page.forward(inputs, problem)
+        if pass_ == "backward":
+            _, residuals = page.forward(inputs, problem)
+            return lambda: page.backward(cotangents, residuals, problem)
+        return lambda: page.backward(cotangents, page.forward(inputs, problem)[1], problem)
+
+    def _rotate(self) -> Callable[[], Any]:
+        self._next = (self._next + 1) % len(self._calls)
+        return self._calls[self._next]
+
+    def _host_s(self, call: Callable[[], Any]) -> float:
         start = time.perf_counter()
-        framework.synchronize(call())
+        self._framework.synchronize(call())
         return time.perf_counter() - start
 
-    first = once()
-    for _ in range(WARM_UP_CALLS):
-        once()
-    framework.reset_peak_memory()
-    samples: list[float] = []
-    while len(samples) < SAMPLES[0] or (sum(samples) < SECONDS and len(samples) < SAMPLES[1]):
-        samples.append(once())
-    p20, median, p80 = np.percentile(np.array(samples) * 1e3, [20, 50, 80])
-    return Timing(float(median), float(p20), float(p80), first, len(samples), framework.peak_memory_bytes())
+
+def percentiles(times: list[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th."""
+    p20, median, p80 = np.percentile(np.array(times), [20, 50, 80])
+    return float(p20), float(median), float(p80)

@@ -54,25 +54,31 @@ class Worker:
             os.truncate(self._log.name, 0)  # a crash is to be explained by the last words of this call
             connection.send((function, args))
             if not connection.poll(timeout):
-                self._kill()
+                self.stop()
                 raise Failure("timeout", f"no result after {timeout:g} s")
             status, value = connection.recv()
         except (EOFError, OSError) as error:
             process.join(5)
             died, last = _end(process.exitcode), self._last_line()
-            self._kill()
+            self.stop()
             raise Failure("crash", f"the process {died}{': ' + last if last else ''}") from error
         if status != "ok":
             raise Failure(status, value)
         return value
 
+    @property
+    def running(self) -> bool:
+        """Whether there is a process, and memory that it may hold."""
+        return self._process is not None
+
     def close(self) -> None:
         """End the process, whatever it is doing, for good."""
         self._stopped = True
-        self._kill()
+        self.stop()
         self._log.close()
 
-    def _kill(self) -> None:
+    def stop(self) -> None:
+        """End the process, whatever it is doing; the next call starts another."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
