@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import logging
 import statistics
 import time
@@ -123,7 +124,7 @@ def _torch() -> Iterator[Proof]:
             y = y @ x
         return y
 
-    spins = [(ms, lambda ms=ms: spin[(1,)](out, int(ms * 1e6), globaltimer, num_warps=1)) for ms in SPIN_MS]
+    spins = [(ms, functools.partial(spin[(1,)], out, int(ms * 1e6), globaltimer, num_warps=1)) for ms in SPIN_MS]
     yield from _proofs("torch", framework, spins, long, lambda: out + 1)
 
 
@@ -153,7 +154,7 @@ def _cupy() -> Iterator[Proof]:
         return y
 
     waiting = _Waiting("cupy", cupy.cuda.runtime.deviceSynchronize, lambda: out + 1)
-    spins = [(ms, lambda ms=ms: kernel((1,), (1,), (np.uint64(ms * 1e6),))) for ms in SPIN_MS]
+    spins = [(ms, functools.partial(kernel, (1,), (1,), (np.uint64(ms * 1e6),))) for ms in SPIN_MS]
     yield from _proofs("cupy", waiting, spins, long, lambda: out + 1)
 
 
@@ -162,7 +163,7 @@ def _numba() -> Iterator[Proof]:
     from numba import cuda
 
     @cuda.jit
-    def multiply(out, n):  # type: ignore[no-untyped-def]
+    def multiply(out, n):
         value = out[0]
         for _ in range(n):
             value = value * np.float32(1.000001) + np.float32(1e-6)
