@@ -13,7 +13,7 @@ import functools
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def _numba() -> Iterator[Proof]:
 def _proofs(
     name: str,
     framework: Any,
-    spins: list[tuple[float, Callable[[], Any]]],
+    spins: Sequence[tuple[float, Callable[[], Any]]],
     long: Callable[[int], Any],
     small: Callable[[], Any],
 ) -> Iterator[Proof]:
