@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,5 +138,4 @@ def _step_key(inner_model: InnerModel, head_dim: int) -> str:
 def _median_s(framework: Framework, call: Any) -> float:
     clock = open_clock(framework)
     clock.time([call] * 3)
-    times = sorted(sample.device_ms for sample in clock.time([call] * CALLS).samples)
-    return times[len(times) // 2] / 1e3
+    return statistics.median(clock.time([call] * CALLS).ms) / 1e3

@@ -6,13 +6,18 @@ activity records, for every framework alike. Gaps between a call's kernels are i
 first and after the last is not. Without CUPTI, PyTorch is timed by CUDA events and JAX by the host's clock, and the
 `timer` of a row says so.
 
+Recording costs the host some microseconds a launch, so a call that waits for its launches takes longer while it is
+recorded. The host's time is therefore taken from calls that are not recorded, and it bounds the device's from above.
+
 Source: CUPTI's documentation of the activity API; cupti-python's `cupti.cupti` binds it one to one.
 """
 
 from __future__ import annotations
 
 import bisect
+import ctypes
 import functools
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,19 +29,12 @@ _BUFFER_BYTES = 8 * 2**20
 _NAME_LENGTH, _NAMES = 60, 6  # of the kernels in a row
 
 
-class Sample(NamedTuple):
-    """One call: milliseconds on the device, and on the host until its results were there."""
+class Times(NamedTuple):
+    """Calls that were timed together, in milliseconds; how many kernels the last of them launched, and which."""
 
-    device_ms: float
-    host_ms: float
-
-
-class Samples(NamedTuple):
-    """Calls that were timed together; `launches` and `kernels` are of the last of them, where the clock sees them."""
-
-    samples: list[Sample]
-    launches: int | None
-    kernels: str
+    ms: list[float]
+    launches: int | None = None
+    kernels: str = ""
 
 
 class Clock(Protocol):
@@ -44,7 +42,7 @@ class Clock(Protocol):
 
     name: str
 
-    def time(self, calls: Sequence[Callable[[], Any]]) -> Samples:
+    def time(self, calls: Sequence[Callable[[], Any]]) -> Times:
         """Make the calls one after the other, each waited for.
 
         Raises:
@@ -70,15 +68,14 @@ class HostClock:
     def __init__(self, framework: Framework):
         self._framework = framework
 
-    def time(self, calls: Sequence[Callable[[], Any]]) -> Samples:
+    def time(self, calls: Sequence[Callable[[], Any]]) -> Times:
         """See `Clock`."""
-        samples = []
+        times = []
         for call in calls:
             start = time.perf_counter()
             self._framework.synchronize(call())
-            elapsed = (time.perf_counter() - start) * 1e3
-            samples.append(Sample(elapsed, elapsed))
-        return Samples(samples, None, "")
+            times.append((time.perf_counter() - start) * 1e3)
+        return Times(times)
 
 
 class EventClock:
@@ -91,19 +88,18 @@ class EventClock:
 
         self._framework, self._torch = framework, torch
 
-    def time(self, calls: Sequence[Callable[[], Any]]) -> Samples:
+    def time(self, calls: Sequence[Callable[[], Any]]) -> Times:
         """See `Clock`."""
-        samples = []
+        times = []
         for call in calls:
             before, after = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start = time.perf_counter()
             before.record()
             result = call()
             after.record()
             self._framework.synchronize(result)
-            samples.append(Sample(before.elapsed_time(after), (time.perf_counter() - start) * 1e3))
+            times.append(before.elapsed_time(after))
             del result
-        return Samples(samples, None, "")
+        return Times(times)
 
 
 class _Operation(NamedTuple):
@@ -133,24 +129,16 @@ class CuptiClock:
         if not touched:
             raise RuntimeError("CUPTI recorded nothing")
 
-    def time(self, calls: Sequence[Callable[[], Any]]) -> Samples:
+    def time(self, calls: Sequence[Callable[[], Any]]) -> Times:
         """See `Clock`."""
-        host: list[float] = []
-
-        def timed(call: Callable[[], Any]) -> Callable[[], Any]:
-            def run() -> None:
-                start = time.perf_counter()
-                self._framework.synchronize(call())
-                host.append((time.perf_counter() - start) * 1e3)
-
-            return run
-
-        of_calls = self._recorder.operations([timed(call) for call in calls])
+        of_calls = self._recorder.operations([functools.partial(self._wait_for, call) for call in calls])
         if not all(of_calls):
             raise RuntimeError("a call ran nothing on the device")
         spans = [(max(op.end for op in ops) - min(op.start for op in ops)) / 1e6 for ops in of_calls]
-        samples = [Sample(span, on_host) for span, on_host in zip(spans, host, strict=True)]
-        return Samples(samples, len(of_calls[-1]), _names(of_calls[-1]))
+        return Times(spans, len(of_calls[-1]), _names(of_calls[-1]))
+
+    def _wait_for(self, call: Callable[[], Any]) -> None:
+        self._framework.synchronize(call())
 
 
 class _Recorder:
@@ -210,15 +198,31 @@ def _recorder() -> _Recorder:
 
 
 def _names(operations: list[_Operation]) -> str:
-    """`count x name` of what took longest, with semicolons between."""
-    counts = Counter(operation.name for operation in operations)
+    """`count x name` of what took longest, with semicolons between; template arguments left out."""
+    counts: Counter[str] = Counter()
     busy: Counter[str] = Counter()
     for operation in operations:
-        busy[operation.name] += operation.end - operation.start
-    named = [f"{counts[name]} x {_short(name)}" for name, _ in busy.most_common(_NAMES)]
+        name = _short(operation.name)
+        counts[name] += 1
+        busy[name] += operation.end - operation.start
+    named = [f"{counts[name]} x {name}" for name, _ in busy.most_common(_NAMES)]
     return "; ".join(named + (["..."] if len(counts) > _NAMES else []))
 
 
+@functools.cache
 def _short(name: str) -> str:
-    name = " ".join(name.replace(";", ",").split())
-    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 3] + "..."
+    plain = _demangled(name).split("(anonymous namespace)::")[-1]
+    plain = " ".join(re.split(r"[<(]", plain, maxsplit=1)[0].replace(";", ",").split()).removeprefix("void ")
+    return plain if len(plain) <= _NAME_LENGTH else plain[: _NAME_LENGTH - 3] + "..."
+
+
+def _demangled(name: str) -> str:
+    """A C++ name as it is written; `name` itself where it is not C++ or there is no C++ runtime to ask."""
+    if not name.startswith("_Z"):
+        return name
+    try:
+        demangle = ctypes.CDLL("libstdc++.so.6").__cxa_demangle
+    except (OSError, AttributeError):
+        return name
+    demangle.restype = ctypes.c_char_p  # a few hundred bytes a name are never freed
+    return (demangle(name.encode(), None, None, None) or name.encode()).decode(errors="replace")

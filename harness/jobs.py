@@ -55,51 +55,44 @@ def check(key: str, case: Case, problem: Problem, seed: int, device: Device, fol
         framework.release_memory()
 
 
-def start(key: str, device: Device) -> None:
-    """Import what implementation `key` needs."""
-    _open(key, device)
+def place(subject: Subject) -> None:
+    """Put the inputs of `subject` on the device, in place of another's."""
+    _stand_of(subject)
 
 
 def ready(subject: Subject, pass_: Pass) -> Ready:
     """Get a pass ready to be timed."""
-    return _at(subject, pass_)[1]
+    return _stand_of(subject).ready(pass_)
 
 
 def settle(subject: Subject, pass_: Pass) -> None:
     """Warm the GPU up until its clock has settled."""
-    _at(subject, pass_)[0].settle()
+    _stand_of(subject).settle(pass_)
 
 
 def block(subject: Subject, pass_: Pass, cache: Cache, calls: int) -> Block:
     """Time so many calls of the pass."""
-    return _at(subject, pass_)[0].block(cache, calls)
+    return _stand_of(subject).block(pass_, cache, calls)
 
 
 def clear() -> None:
     """Give up what is ready, and its memory."""
     global _stand
     if _stand is not None:
-        _stand[0].close()
+        _stand.close()
     _stand = None
 
 
-_stand: tuple[Stand, Ready, Pass] | None = None
+_stand: Stand | None = None
 
 
-def _at(subject: Subject, pass_: Pass) -> tuple[Stand, Ready]:
-    """The stand with this pass ready: the one there is, also where this process was started anew meanwhile."""
+def _stand_of(subject: Subject) -> Stand:
+    """The one stand of this process: the one there is, if it is of this subject."""
     global _stand
-    if _stand is None or _stand[0].subject != subject:
+    if _stand is None or _stand.subject != subject:
         clear()
-        stand = Stand(subject, _open(subject.key, subject.device)[1])
-    elif _stand[2] == pass_:
-        return _stand[:2]
-    else:
-        stand = _stand[0]
-    _stand = None  # its memory is free where what follows fails
-    now = stand.ready(pass_)
-    _stand = stand, now, pass_
-    return stand, now
+        _stand = Stand(subject, _open(subject.key, subject.device)[1])
+    return _stand
 
 
 @functools.cache

@@ -145,13 +145,12 @@ class _Subject:
         finally:
             self._left_s -= time.monotonic() - started
 
-    def start(self, process: int) -> None:
-        """Have one process import its framework."""
-        if not self.workers[process].running:
-            try:
-                self.workers[process].call(jobs.start, self._subject.key, self._subject.device, timeout=self._left_s)
-            except Failure as failure:
-                self.failure = failure
+    def place(self, process: int) -> None:
+        """Have one process import its framework and put the inputs on the device: seconds, for all at once."""
+        try:
+            self.workers[process].call(jobs.place, self._subject, timeout=self._left_s)
+        except Failure as failure:
+            self.failure = failure
 
     def clear(self) -> None:
         """Give the device's memory back; a process that cannot is ended."""
@@ -169,10 +168,13 @@ class _Bench:
     def __init__(self, protocol: Protocol, settings: Settings):
         self._protocol, self._settings = protocol, settings
         self._workers: dict[str, list[Worker]] = {}
+        self._caches = tempfile.TemporaryDirectory(prefix="ttt-lab-compiled-")
 
     def close(self) -> None:
+        """End the processes."""
         for worker in itertools.chain(*self._workers.values()):
             worker.close()
+        self._caches.cleanup()
 
     def measure(self, cells: list[tuple[Cell, dict[Pass, SweepRow]]]) -> Iterator[tuple[SweepRow, list[SampleRow]]]:
         """The rows of one problem: pass by pass, the implementations in turns."""
@@ -193,13 +195,19 @@ class _Bench:
     def _subject(self, cell: Cell) -> _Subject:
         key = cell.entry.key
         if key not in self._workers:
-            self._workers[key] = [Worker() for _ in range(self._protocol.processes)]
+            self._workers[key] = [Worker(self._environment()) for _ in range(self._protocol.processes)]
         return _Subject(cell, self._workers[key], self._settings)
+
+    def _environment(self) -> dict[str, str]:
+        """Compilers start with empty caches in the sweep's own folder, which an implementation's processes share."""
+        folders = ("JAX_COMPILATION_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUPY_CACHE_DIR")
+        small = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        return small | {name: str(Path(self._caches.name) / name.lower()) for name in folders}
 
     def _take_turns(self, subjects: Sequence[_Subject], pass_: Pass) -> None:
         turns = list(itertools.product(range(self._protocol.processes), subjects))
-        with ThreadPoolExecutor(max(len(turns), 1)) as pool:  # importing a framework takes seconds
-            list(pool.map(lambda turn: turn[1].start(turn[0]), turns))
+        with ThreadPoolExecutor(max(len(turns), 1)) as pool:
+            list(pool.map(lambda turn: turn[1].place(turn[0]), turns))
         for process, subject in turns:
             if ready := subject.call(process, jobs.ready, pass_):
                 subject.ready.append(ready)
@@ -243,11 +251,14 @@ def _result(subject: _Subject, blank: SweepRow, cache: Cache) -> tuple[SweepRow,
     blocks = subject.blocks.get(cache, [])
     if failure := subject.failure or subject.refused.get(cache):
         return _failed(blank, failure, cache), []
-    samples = [sample for _, _, block in blocks for sample in block.samples]
-    p20, median, p80 = percentiles([sample.device_ms for sample in samples])
+    on_device = [ms for _, _, block in blocks for ms in block.device.ms]
+    on_host = [ms for _, _, block in blocks for ms in block.host_ms]
+    first, last = subject.ready[0], blocks[-1][2]
+    # A call cannot take longer on the device than on the host, which waits for it: then recording was in its way.
+    in_the_way = statistics.median(on_host) < statistics.median(on_device)
+    p20, median, p80 = percentiles(on_host if in_the_way else on_device)
     states = [block.state for _, _, block in blocks if block.state]
     throttles = sorted({reason for state in states for reason in state.throttles})
-    first, last = subject.ready[0], blocks[-1][2]
     row = replace(
         blank,
         status="ok",
@@ -256,14 +267,14 @@ def _result(subject: _Subject, blank: SweepRow, cache: Cache) -> tuple[SweepRow,
         device_ms=median,
         device_ms_p20=p20,
         device_ms_p80=p80,
-        host_ms=statistics.median(sample.host_ms for sample in samples),
+        host_ms=statistics.median(on_host),
         first_call_s=first.first_call_s,
-        samples=len(samples),
-        timer=first.timer,
+        samples=len(on_device),
+        timer="host_sync" if in_the_way else first.timer,
         peak_memory_bytes=first.peak_memory_bytes,
         roofline_fraction=blank.roofline_ms / median if blank.roofline_ms else None,
-        launches=last.launches,
-        kernels=last.kernels,
+        launches=last.device.launches,
+        kernels=last.device.kernels,
         sm_clock_mhz=statistics.median(state.sm_clock_mhz for state in states) if states else None,
         power_w=statistics.median(state.power_w for state in states) if states else None,
         throttled=bool(throttles) if states else None,
@@ -275,12 +286,12 @@ def _result(subject: _Subject, blank: SweepRow, cache: Cache) -> tuple[SweepRow,
             **{name: getattr(row, name) for name in ("run_id", *SampleRow.KEY)},
             process=process,
             block=round_,
-            device_ms=sample.device_ms,
-            host_ms=sample.host_ms,
+            device_ms=host_ms if in_the_way else device_ms,
+            host_ms=host_ms,
             sm_clock_mhz=block.state.sm_clock_mhz if block.state else None,
         )
         for process, round_, block in blocks
-        for sample in block.samples
+        for device_ms, host_ms in zip(block.device.ms, block.host_ms, strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from harness import gpu_state
-from harness.device_clock import Sample, open_clock
+from harness.device_clock import HostClock, Times, open_clock
 from harness.frameworks import Framework, Unsupported
 from harness.gpu_state import GpuState
 from implementations.registry import Device, implementations
@@ -50,11 +50,10 @@ class Ready(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Calls timed without a break, and the GPU's state right after them."""
+    """Calls timed without a break: on the device, as many on the host, and the GPU's state right after them."""
 
-    samples: list[Sample]
-    launches: int | None
-    kernels: str
+    device: Times
+    host_ms: list[float]
     state: GpuState | None
 
 
@@ -82,7 +81,7 @@ class Stand:
 
     def ready(self, pass_: Pass) -> Ready:
         """Make the calls of a pass, and make the first ones."""
-        self._calls, self._pass, self._next = [], pass_, 0
+        self._calls, self._pass, self._next = [], None, 0
         framework, page, problem = self._framework, self._page, self.subject.problem
         if "forward" not in self._first_s:
             self._first_s["forward"] = self._host_s(lambda: page.forward(self._inputs[0], problem))
@@ -102,10 +101,12 @@ class Stand:
         peak = framework.peak_memory_bytes()
         if peak is not None and before is not None and self._empty_bytes is not None:
             peak += (before - self._empty_bytes) // len(self._calls) - before  # what one set of inputs takes, not all
+        self._pass = pass_
         return Ready(first, seconds * 1e3, self._clock.name, peak)
 
-    def settle(self) -> None:
+    def settle(self, pass_: Pass) -> None:
         """Call until the GPU's clock has stopped to rise or fall, for `SETTLE_SECONDS` at most."""
+        self._at(pass_)
         started, last = time.perf_counter(), gpu_state.read()
         while last is not None and time.perf_counter() - started < SETTLE_SECONDS:
             step = time.perf_counter()
@@ -116,18 +117,24 @@ class Stand:
                 return
             last = now
 
-    def block(self, cache: Cache, calls: int) -> Block:
-        """Time so many calls of the pass that is ready.
+    def block(self, pass_: Pass, cache: Cache, calls: int) -> Block:
+        """Time so many calls of a pass.
 
         Raises:
             Unsupported: it cannot be measured cold.
         """
         if cache == "cold" and not self._can_be_cold:
             raise Unsupported(f"too small to be measured cold: {COLD_L2} x L2 is more than {MOST_SETS} sets of inputs")
-        timed = [self._calls[0]] * calls if cache == "warm" else [self._rotate() for _ in range(calls)]
-        self._host_s(self._calls[0] if cache == "warm" else self._rotate())
-        samples, launches, kernels = self._clock.time(timed)
-        return Block(samples, launches, kernels, gpu_state.read())
+        self._at(pass_)
+
+        def some(count: int) -> list[Callable[[], Any]]:
+            return [self._calls[0]] * count if cache == "warm" else [self._rotate() for _ in range(count)]
+
+        host = HostClock(self._framework)
+        host.time(some(1))
+        device = self._clock.time(some(calls))
+        on_host = device.ms if self._clock.name == host.name else host.time(some(calls)).ms
+        return Block(device, on_host, gpu_state.read())
 
     def close(self) -> None:
         """Give the device's memory back."""
@@ -144,6 +151,11 @@ class Stand:
             _, residuals = page.forward(inputs, problem)
             return lambda: page.backward(cotangents, residuals, problem)
         return lambda: page.backward(cotangents, page.forward(inputs, problem)[1], problem)
+
+    def _at(self, pass_: Pass) -> None:
+        """Ready, also where this process was started anew since."""
+        if self._pass != pass_:
+            self.ready(pass_)
 
     def _rotate(self) -> Callable[[], Any]:
         self._next = (self._next + 1) % len(self._calls)
