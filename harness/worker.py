@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,6 +37,7 @@ class Worker:
         self._process: Any = None
         self._connection: Connection | None = None
         self._stopped = False
+        self._starting = threading.Lock()
         self._log = tempfile.NamedTemporaryFile(prefix="ttt-lab-worker-", suffix=".log")  # noqa: SIM115
 
     def call(self, function: Callable, *args: Any, timeout: float) -> Any:
@@ -44,11 +46,12 @@ class Worker:
         Raises:
             Failure: it raised, ran out of memory or time, or took the process with it.
         """
-        if self._stopped:
-            raise Failure("crash", "stopped by the user")
-        if self._process is None:
-            self._start()
-        process, connection = self._process, self._connection
+        with self._starting:
+            if self._stopped:
+                raise Failure("crash", "stopped by the user")
+            if self._process is None:
+                self._start()
+            process, connection = self._process, self._connection
         assert connection is not None
         try:
             os.truncate(self._log.name, 0)  # a crash is to be explained by the last words of this call
@@ -79,10 +82,11 @@ class Worker:
 
     def stop(self) -> None:
         """End the process, whatever it is doing; the next call starts another."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process = self._connection = None
+        with self._starting:
+            if self._process is not None:
+                self._process.kill()
+                self._process.join()
+                self._process = self._connection = None
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")

@@ -65,5 +65,7 @@ def test_sweep_shows_every_number_and_names_what_did_not_run_once():
     assert "…" not in text and "cuda." not in text and "triton." not in text and "oom" in text
     assert text.count("0.12x") == text.count("12.3") == 4 * 6 - 1 and text.count("1.00x") == 6
     assert [text.count(name) for name in ("fwd+bwd", "lm-1.3b-small ", " T=256,M=64 ", names[1])] == [2, 3, 3, 3]
-    assert list(summary.sweep_unsupported(rows)) == ["unsupported: cuda.a, triton.b (40 GiB, asked for 80)"]
-    assert not list(summary.sweep_unsupported(rows[:3]))
+    assert list(summary.sweep_notes(rows)) == ["unsupported: cuda.a, triton.b (40 GiB, asked for 80)"]
+    assert not list(summary.sweep_notes(rows[:3]))
+    hot = [sweep_row(throttled=True, throttle_reasons="power cap"), sweep_row(throttled=False)]
+    assert list(summary.sweep_notes(hot)) == ["throttled: 1 of 2 times, the clock was held back by power cap"]
