@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness import ceilings, doctor, environment, grid, parity, plots, proof, records, summary, sweep
+from harness import ceilings, doctor, environment, grid, parity, plots, records, summary, sweep
 from harness.parity import Settings
 from harness.rows import ParityRow, Row, SweepRow, latest
 from harness.worker import Failure, Worker
@@ -140,6 +140,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _proof(options: argparse.Namespace) -> int:
+    from harness import proof, proof_pairs  # pandas and scipy take seconds: not for the other commands
+
     stamp = environment.stamp("cuda", options.git_sha)
     if not stamp.gpu:
         raise ValueError("the timer is proven on a GPU, and the driver reports none")
@@ -147,7 +149,17 @@ def _proof(options: argparse.Namespace) -> int:
     proofs = proof.run()
     console.print(summary.proof_table(proofs))
     console.print(f"  {proof.save(folder, proofs)}", highlight=False, soft_wrap=True)
-    return 0 if proofs and all(one.right for one in proofs) else 1
+    pairs: list[proof_pairs.Pair] = []
+    with _progress() as bar:
+        task = bar.add_task("pairs", total=options.pairs)
+        for pair in proof_pairs.run(range(options.pairs), Settings(stamp)):
+            pairs.append(pair)
+            bar.update(task, completed=pair.number + 1)
+            proof_pairs.save(folder, pairs)
+    if pairs:
+        console.print(summary.pairs_table(pairs))
+        console.print(f"  {folder / proof_pairs.FILE}", highlight=False, soft_wrap=True)
+    return 0 if proofs and all(one.right for one in (*proofs, *pairs)) else 1
 
 
 def _cells(options: argparse.Namespace, passes: list[str] | None = None) -> list[grid.Cell]:
@@ -245,7 +257,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("doctor", help="show that the checker catches planted faults")
     command.set_defaults(command=_doctor)
 
-    command = commands.add_parser("proof", help="hold the device timer to kernels of known duration")
+    command = commands.add_parser("proof", help="hold the timer to kernels of known duration, compare to planted slowdowns")
+    command.add_argument("--pairs", type=int, default=10, metavar="N", help="comparisons of equal and of 5 %% slower")
     command.add_argument("--results", type=Path, metavar="DIR", help="default: results/<device>")
     command.add_argument("--git-sha", metavar="SHA", help="the commit, where the tree is a copy without .git")
     command.set_defaults(command=_proof)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from harness.check import TensorCheck, Truth, examine
-from harness.frameworks import Framework, open_framework
+from harness.frameworks import open_framework
 from harness.timing import Block, Cache, Ready, Stand, Subject
-from implementations.registry import Device, Implementation, implementations
+from implementations.registry import Device, Implementation
 from spec.cases import Case, draw
 from spec.cost import affordable_form
 from spec.problem import Pass, Problem
@@ -45,9 +45,11 @@ def load_truth(problem: Problem, folder: Path) -> Truth:
     )
 
 
-def check(key: str, case: Case, problem: Problem, seed: int, device: Device, folder: Path) -> list[TensorCheck]:
-    """Every tensor of implementation `key` on `case`, held to the truth in `folder`."""
-    entry, framework = _open(key, device)
+def check(
+    entry: Implementation, case: Case, problem: Problem, seed: int, device: Device, folder: Path
+) -> list[TensorCheck]:
+    """Every tensor of an implementation on `case`, held to the truth in `folder`."""
+    framework = _open(entry.framework, device)
     truth = load_truth(problem, folder)
     try:
         return examine(entry.page(problem), case, problem, entry.passes, seed, framework, truth)
@@ -91,12 +93,8 @@ def _stand_of(subject: Subject) -> Stand:
     global _stand
     if _stand is None or _stand.subject != subject:
         clear()
-        _stand = Stand(subject, _open(subject.key, subject.device)[1])
+        _stand = Stand(subject, _open(subject.entry.framework, subject.device))
     return _stand
 
 
-@functools.cache
-def _open(key: str, device: Device) -> tuple[Implementation, Framework]:
-    entry = implementations()[key]
-    framework = open_framework(entry.framework, device)
-    return entry, framework
+_open = functools.cache(open_framework)

@@ -115,7 +115,7 @@ class _Runner:
         if isinstance(folder, Failure):
             return Failure("error", f"the oracle failed: {folder.status}: {folder.reason}")
         arguments = cell.case, cell.problem, self.settings.seed, self.settings.stamp.device, folder
-        return self._call(worker, jobs.check, cell.entry.key, *arguments)
+        return self._call(worker, jobs.check, cell.entry, *arguments)
 
     def _call(self, worker: Worker, function: Any, *arguments: Any) -> Any:
         """What the call returns or the `Failure`; out of device memory, it is tried again with nothing beside it."""

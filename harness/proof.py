@@ -103,19 +103,10 @@ class _Waiting:
 def _torch() -> Iterator[Proof]:
     framework = open_framework("torch", "cuda")
     import torch
-    import triton
-    import triton.language as tl
-    from triton.language.extra.cuda import globaltimer
 
-    @triton.jit
-    def spin(p_out, ns, NOW: tl.constexpr):  # type: ignore[no-untyped-def]
-        start = NOW()
-        now = NOW()
-        while now - start < ns:
-            now = NOW()
-        tl.store(p_out, now)
+    from harness.spin import spin
 
-    out = torch.zeros(1, dtype=torch.int64, device="cuda")
+    out = torch.zeros(1, device="cuda")
     x = torch.randn(4096, 4096, device="cuda") / 64
 
     def long(n: int) -> Any:
@@ -124,7 +115,7 @@ def _torch() -> Iterator[Proof]:
             y = y @ x
         return y
 
-    spins = [(ms, functools.partial(spin[(1,)], out, int(ms * 1e6), globaltimer, num_warps=1)) for ms in SPIN_MS]
+    spins = [(ms, functools.partial(spin, int(ms * 1e6))) for ms in SPIN_MS]
     yield from _proofs("torch", framework, spins, long, lambda: out + 1)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -12,8 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.grid import Cell
-from harness.proof import Proof
 from harness.rows import ParityRow, SweepRow
+
+if TYPE_CHECKING:
+    from harness.proof import Proof
+    from harness.proof_pairs import Pair
 
 
 def parity_table(rows: Iterable[ParityRow]) -> Table:
@@ -111,6 +115,21 @@ def proof_table(proofs: Iterable[Proof]) -> Table:
         style = "" if one.right else "red"
         who = one.framework, one.what, one.timer, one.known_by
         table.add_row(*who, *times, error, *host, str(one.launches or ""), style=style)
+    return table
+
+
+def pairs_table(pairs: Sequence[Pair]) -> Table:
+    """What `compare` said of equal pages and of one with a planted slowdown, in how many comparisons."""
+    table = _table("comparisons on the device of a page with itself, and with itself made 5 % slower")
+    for name in ("head", "cell", "right", "ratios", "verdicts"):
+        table.add_column(name)
+    for head, cell in dict.fromkeys((pair.head, pair.cell) for pair in pairs):
+        group = [pair for pair in pairs if (pair.head, pair.cell) == (head, cell)]
+        ratios = sorted(pair.ratio for pair in group)
+        right = sum(pair.right for pair in group)
+        verdicts = ", ".join(sorted({pair.verdict for pair in group}))
+        style = "" if right == len(group) else "red"
+        table.add_row(head, cell, f"{right}/{len(group)}", f"{ratios[0]:.4f} to {ratios[-1]:.4f}", verdicts, style=style)
     return table
 
 

@@ -130,7 +130,7 @@ class _Subject:
         self.refused: dict[Cache, Failure] = {}
         self._left_s = settings.timeout
         stamp = settings.stamp
-        self._subject = Subject(cell.entry.key, cell.case, cell.problem, settings.seed, stamp.device)
+        self._subject = Subject(cell.entry, cell.case, cell.problem, settings.seed, stamp.device)
 
     def call(self, process: int, job: Any, *arguments: Any) -> Any:
         """What `job` gives in one process; None once this cell has failed, or fails now."""

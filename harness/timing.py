@@ -17,7 +17,7 @@ from harness import gpu_state
 from harness.device_clock import HostClock, Times, open_clock
 from harness.frameworks import Framework, Unsupported
 from harness.gpu_state import GpuState
-from implementations.registry import Device, implementations
+from implementations.registry import Device, Implementation
 from spec.cases import Case, draw
 from spec.problem import Pass, Problem
 
@@ -31,9 +31,9 @@ MOST_SETS = 256  # smaller inputs would take thousands
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: implementation `key` on the inputs of `case`, drawn from `seed`."""
+    """What is timed: an implementation on the inputs of `case`, drawn from `seed`."""
 
-    key: str
+    entry: Implementation
     case: Case
     problem: Problem
     seed: int
@@ -64,7 +64,7 @@ class Stand:
         self.subject = subject
         self._framework = framework
         self._clock = open_clock(framework)
-        self._page = implementations()[subject.key].page(subject.problem)
+        self._page = subject.entry.page(subject.problem)
         inputs, cotangents = draw(subject.case, subject.problem, subject.seed)
         one_set = sum(x.nbytes for x in inputs)
         needed = max(1, -(-COLD_L2 * framework.l2_bytes() // one_set))  # rounded up

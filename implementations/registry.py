@@ -13,11 +13,11 @@ import hashlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 from spec import problem as problem_module
 from spec.problem import DTYPES, PASSES, Dtype, Pass, Problem
@@ -71,6 +71,12 @@ class Implementation:
                 return f"{name} is not installed"
         return None
 
+    def __reduce__(self) -> tuple[Callable[..., Implementation], tuple[Any, ...]]:
+        """Into another process a registered one goes by its key, so that `supports` may be a lambda."""
+        if implementations().get(self.key) == self:
+            return _registered, (self.key,)
+        return Implementation, tuple(getattr(self, field.name) for field in fields(self))
+
     def page(self, problem: Problem) -> ModuleType:
         """The module that solves `problem`; imports its framework."""
         return importlib.import_module(self.pages[problem.inner_model])
@@ -92,6 +98,10 @@ def implementations() -> dict[str, Implementation]:
             raise ValueError(f"implementation {entry.key!r} is registered twice")
         found[entry.key] = entry
     return found
+
+
+def _registered(key: str) -> Implementation:
+    return implementations()[key]
 
 
 def select(names: Iterable[str] | None) -> list[Implementation]:
