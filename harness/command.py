@@ -257,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("doctor", help="show that the checker catches planted faults")
     command.set_defaults(command=_doctor)
 
-    command = commands.add_parser("proof", help="hold the timer to kernels of known duration, compare to planted slowdowns")
+    command = commands.add_parser("proof", help="hold the timer and compare to what is known")
     command.add_argument("--pairs", type=int, default=10, metavar="N", help="comparisons of equal and of 5 %% slower")
     command.add_argument("--results", type=Path, metavar="DIR", help="default: results/<device>")
     command.add_argument("--git-sha", metavar="SHA", help="the commit, where the tree is a copy without .git")

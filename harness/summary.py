@@ -128,8 +128,8 @@ def pairs_table(pairs: Sequence[Pair]) -> Table:
         ratios = sorted(pair.ratio for pair in group)
         right = sum(pair.right for pair in group)
         verdicts = ", ".join(sorted({pair.verdict for pair in group}))
-        style = "" if right == len(group) else "red"
-        table.add_row(head, cell, f"{right}/{len(group)}", f"{ratios[0]:.4f} to {ratios[-1]:.4f}", verdicts, style=style)
+        texts = f"{right}/{len(group)}", f"{ratios[0]:.4f} to {ratios[-1]:.4f}", verdicts
+        table.add_row(head, cell, *texts, style="" if right == len(group) else "red")
     return table
 
 

@@ -109,7 +109,8 @@ def interrupt_after_a_row(process: subprocess.Popen, path: Path) -> tuple[int, s
 def test_a_sweep_interrupted_resumed_and_repeated(ours, tmp_path):
     path, grid = tmp_path / "sweep.csv", tmp_path / "tiny.toml"
     grid.write_text('[[block]]\ncases = ["size-d16"]\n')
-    arguments = "sweep", "--grid", grid, *TINY, "--implementations", "torch.eager,ours.slow,ours.wrong", "--results", tmp_path
+    names = "torch.eager,ours.slow,ours.wrong"
+    arguments = "sweep", "--grid", grid, *TINY, "--implementations", names, "--results", tmp_path
 
     code, said = interrupt_after_a_row(command(ours, *arguments), path)
     kept = records.load(path, SweepRow)

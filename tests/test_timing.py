@@ -1,0 +1,243 @@
+"""Clocks and what is timed: windows of CUPTI's records, calls per block, cold sets, what the host's time bounds."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import types
+from dataclasses import replace
+
+import pytest
+
+from harness import ceilings, device_clock, gpu_state, jobs, sweep, timing
+from harness.device_clock import CuptiClock, HostClock, Times, open_clock
+from harness.frameworks import Unsupported, open_framework
+from harness.rows import SampleRow
+from harness.timing import Block, Ready, Stand, Subject
+from harness.worker import Failure
+from implementations.registry import implementations
+from spec.cases import CASES
+from spec.cost import bytes_min, flops
+from tests.test_records import sweep_row
+
+CASE = CASES["size-d16"]
+PROBLEM = CASE.problem("linear", "fp32", "ieee")
+
+
+class FakeCupti(types.ModuleType):
+    """CUPTI on a device that the test plays: `launch` leaves a record, `flush` hands the records over."""
+
+    ActivityKind = types.SimpleNamespace(CONCURRENT_KERNEL=10, MEMCPY=1, MEMSET=2)
+
+    def __init__(self):
+        super().__init__("cupti.cupti")
+        self.now, self.enabled, self.records = 0, set(), []
+
+    def activity_register_callbacks(self, requested, completed):
+        assert requested()[0] > 0
+        self.completed = completed
+
+    def activity_enable(self, kind):
+        self.enabled.add(kind)
+
+    def activity_disable(self, kind):
+        self.enabled.remove(kind)
+
+    def activity_flush_all(self, forced):
+        assert forced
+        records, self.records = self.records, []
+        self.completed(records)
+
+    def get_timestamp(self):
+        return self.now
+
+    def launch(self, after_ns, for_ns, name="_Z6kernelPf", kind=10):
+        self.now += after_ns
+        record = types.SimpleNamespace(kind=kind, start=self.now, end=self.now + for_ns)
+        if kind == 10:
+            record.name = name
+        if kind in self.enabled:
+            self.records.append(record)
+        self.now += for_ns
+
+
+class FakeFramework:
+    name, device = "jax", "cuda"
+
+    def __init__(self, cupti):
+        self.cupti = cupti
+
+    def synchronize(self, result):
+        self.cupti.now += 500
+
+    def touch(self):
+        self.cupti.launch(10, 10)
+
+
+@pytest.fixture
+def cupti(monkeypatch):
+    fake = FakeCupti()
+    package = types.ModuleType("cupti")
+    package.cupti = fake
+    monkeypatch.setitem(sys.modules, "cupti", package)
+    monkeypatch.setitem(sys.modules, "cupti.cupti", fake)
+    device_clock._recorder.cache_clear()
+    yield fake
+    device_clock._recorder.cache_clear()
+
+
+def test_a_call_takes_from_its_first_kernels_start_to_its_last_ones_end(cupti):
+    def call():
+        cupti.now += 9_000_000  # the host is busy: no part of it
+        cupti.launch(10, 2_000_000)
+        cupti.launch(500_000, 1_000_000, "_ZN2at6native4fillIfLi4EEEvPf")  # the gap between is
+        cupti.launch(0, 250_000, kind=1)
+
+    clock = open_clock(FakeFramework(cupti))
+    times = clock.time([call, lambda: cupti.launch(10, 1_000_000), call])
+    assert clock.name == "cupti" and times.ms == [3.75, 1.0, 3.75] and times.launches == 3
+    assert times.kernels == "1 x kernel; 1 x at::native::fill; 1 x copy"
+    assert not cupti.enabled
+
+
+def test_a_kernel_outside_every_call_and_a_call_without_one_are_errors(cupti):
+    clock = CuptiClock(FakeFramework(cupti))
+
+    def late():
+        cupti.launch(10, 10)
+        cupti.records.append(types.SimpleNamespace(kind=10, start=cupti.now + 5, end=cupti.now + 10**9, name="late"))
+
+    with pytest.raises(RuntimeError, match="late ran outside the call that was timed"):
+        clock.time([late])
+    with pytest.raises(RuntimeError, match="a call ran nothing on the device"):
+        clock.time([lambda: cupti.launch(1, 1), lambda: None])
+
+
+def test_without_cupti_the_next_best_clock_says_so(cupti, monkeypatch):
+    monkeypatch.setattr(cupti, "activity_enable", lambda kind: None)  # it takes the call and records nothing
+    assert open_clock(FakeFramework(cupti)).name == "host_sync"
+    device_clock._recorder.cache_clear()
+    monkeypatch.setitem(sys.modules, "cupti", None)
+    assert open_clock(FakeFramework(cupti)).name == "host_sync"
+    assert open_clock(open_framework("torch", "cpu")).name == "host_sync"
+
+
+def test_the_hosts_clock_waits_for_the_result():
+    framework = open_framework("jax", "cpu")
+    clock = HostClock(framework)
+    assert all(ms >= 20 for ms in clock.time([lambda: time.sleep(0.02)] * 2).ms)
+
+
+@pytest.mark.parametrize("key", ["torch.eager", "jax.scan"])
+def test_a_stand_times_every_pass_in_any_order(key):
+    entry = implementations()[key]
+    stand = Stand(Subject(entry, CASE, PROBLEM, 0, "cpu"), open_framework(entry.framework, "cpu"))
+    forward = stand.ready("forward")
+    both = stand.ready("forward_backward")
+    backward = stand.ready("backward")
+    assert math.isclose(both.first_call_s, forward.first_call_s + backward.first_call_s)
+    for pass_ in ("forward", "backward", "forward_backward"):
+        block = stand.block(pass_, "warm", 3)
+        assert len(block.device.ms) == len(block.host_ms) == 3 and min(block.device.ms) > 0
+    with pytest.raises(Unsupported, match="too small to be measured cold|CPU"):
+        stand.block("forward", "cold", 1)
+
+
+def test_cold_calls_rotate_over_more_than_three_times_the_l2_cache(monkeypatch):
+    entry, framework = implementations()["torch.eager"], open_framework("torch", "cpu")
+    one_set = sum(x.nbytes for x in timing.draw(CASE, PROBLEM, 0)[0])
+    monkeypatch.setattr(framework, "l2_bytes", lambda: 2 * one_set)
+    stand = Stand(replace_device(Subject(entry, CASE, PROBLEM, 0, "cpu")), framework)
+    seen = []
+    monkeypatch.setattr(stand, "_page", types.SimpleNamespace(forward=lambda given, problem: seen.append(id(given))))
+    stand.ready("forward")
+    seen.clear()
+    stand.block("forward", "cold", 12)
+    assert len(set(seen)) == 6 and all(len(set(seen[i : i + 6])) == 6 for i in range(len(seen) - 6))
+    seen.clear()
+    stand.block("forward", "warm", 12)
+    assert len(set(seen)) == 1
+
+
+def replace_device(subject):
+    """A CPU's inputs for what believes that it is on a GPU."""
+    return replace(subject, device="cuda")
+
+
+def test_one_stand_a_process_the_last_subjects():
+    entry = implementations()["torch.eager"]
+    one, other = (Subject(entry, CASE, PROBLEM, seed, "cpu") for seed in (0, 1))
+    jobs.ready(one, "forward")
+    stand = jobs._stand
+    jobs.block(one, "forward", "warm", 1)
+    assert jobs._stand is stand
+    jobs.block(other, "backward", "warm", 1)  # as after a crash: nobody asked for it to be ready
+    assert jobs._stand is not stand and jobs._stand.subject == other
+    jobs.clear()
+    assert jobs._stand is None
+
+
+class Cell:
+    """What `sweep._result` looks at of a subject of measurement."""
+
+    failure, refused = None, {}
+
+    def __init__(self, blocks):
+        self.blocks, self.ready = {"cold": blocks}, [Ready(1.5, 2.0, "cupti", 100)]
+
+
+BLANK = replace(sweep_row(), status="error", reason="not measured", device_ms=None, roofline_ms=0.5)
+
+
+def state(clock, *throttles):
+    return gpu_state.GpuState(clock, 300.0, throttles)
+
+
+def test_a_row_is_the_median_of_all_blocks_and_keeps_every_sample():
+    blocks = [
+        (0, 0, Block(Times([1.0, 2.0], 7, "7 x k"), [3.0, 3.0], state(1980.0))),
+        (1, 0, Block(Times([3.0], 7, "7 x k"), [4.0], state(1200.0, "power cap"))),
+    ]
+    row, samples = sweep._result(Cell(blocks), BLANK, "cold")
+    assert (row.status, row.device_ms, row.host_ms, row.timer, row.samples) == ("ok", 2.0, 3.0, "cupti", 3)
+    assert (row.launches, row.kernels, row.processes, row.roofline_fraction) == (7, "7 x k", 2, 0.25)
+    assert (row.throttled, row.throttle_reasons, row.sm_clock_mhz) == (True, "power cap", 1590.0)
+    assert [(s.process, s.device_ms, s.host_ms) for s in samples] == [(0, 1.0, 3.0), (0, 2.0, 3.0), (1, 3.0, 4.0)]
+    assert all(isinstance(s, SampleRow) and s.cache == "cold" for s in samples)
+
+
+def test_recording_that_was_in_the_way_gives_way_to_the_hosts_clock():
+    row, samples = sweep._result(Cell([(0, 0, Block(Times([9.0, 9.5], 2, "k"), [6.0, 6.5], None))]), BLANK, "cold")
+    assert (row.timer, row.device_ms, row.host_ms) == ("host_sync", 6.25, 6.25) and row.throttled is None
+    assert [s.device_ms for s in samples] == [6.0, 6.5]
+
+
+def test_a_failure_has_no_time():
+    cell = Cell([(0, 0, Block(Times([1.0]), [1.0], None))])
+    cell.failure = Failure("oom", "80 GiB")
+    row, samples = sweep._result(cell, BLANK, "cold")
+    assert (row.status, row.reason, row.device_ms, samples) == ("oom", "80 GiB", None, [])
+
+
+def test_the_roofline_is_the_larger_of_bytes_and_flops_and_the_chain_a_floor_of_its_own(tmp_path):
+    limits = ceilings.Ceilings(1e12, {"fp32": 1e9, "tf32": 1e30}, {"linear-16": 2.0}, "f")
+    assert ceilings.roofline_ms(limits, PROBLEM, "forward") == pytest.approx(flops(PROBLEM, "forward") / 1e6)
+    quick = replace(PROBLEM, matmul_precision="tf32")
+    assert ceilings.roofline_ms(limits, quick, "backward") == pytest.approx(bytes_min(PROBLEM, "backward") / 1e9)
+    assert ceilings.latency_floor_ms(limits, PROBLEM, "forward") == pytest.approx(PROBLEM.mini_batches * 2e-3)
+    assert ceilings.latency_floor_ms(limits, PROBLEM, "forward_backward") == pytest.approx(PROBLEM.mini_batches * 4e-3)
+    assert ceilings.roofline_ms(None, PROBLEM, "forward") is None
+    assert ceilings.latency_floor_ms(limits, CASE.problem("mlp", "fp32", "ieee"), "forward") is None
+    ceilings.save(limits, tmp_path)
+    assert ceilings.load(tmp_path) == limits and ceilings.load(tmp_path / "none") is None
+    (tmp_path / ceilings.FILE).write_text('{"speed": 3}')
+    with pytest.raises(ValueError, match=r"ceilings.json: not the ceilings of a device"):
+        ceilings.load(tmp_path)
+
+
+def test_without_nvml_the_state_is_not_known(monkeypatch):
+    gpu_state._nvml.cache_clear()
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpu_state.read() is None
+    gpu_state._nvml.cache_clear()
