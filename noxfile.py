@@ -79,6 +79,12 @@ def doctor(session: nox.Session) -> None:
     _run_in_lab(session, "harness", "doctor")
 
 
+@nox.session(venv_backend="lab", reuse_venv=True)
+def static(session: nox.Session) -> None:
+    """Compile every GPU kernel, without a GPU: registers, spills, instructions."""
+    _run_in_lab(session, "harness", "static")
+
+
 @nox.session(reuse_venv=True)
 def lint(session: nox.Session) -> None:
     """Check the style with ruff."""
