@@ -50,7 +50,7 @@ def differences(base: Path, head: Path) -> list[Finding]:
     """What `static.csv` of the folder `head` has otherwise than that of `base`, the worst first.
 
     A failure: a kernel that vanished, no longer compiles, spills more than before and more than it declares, fell
-    back to older tensor instructions or none, or whose registers leave room for fewer blocks. Fewer blocks for another reason
+    back to older tensor instructions or none, or whose registers leave room for fewer blocks. Fewer for another reason
     are a warning, since deeper pipelines take shared memory on purpose.
 
     Raises:

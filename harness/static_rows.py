@@ -36,7 +36,7 @@ class StaticRow:
     """
 
     implementation: str
-    inner_model: InnerModel | Literal[""]
+    inner_model: Literal[InnerModel, ""]
     kernel: str
     variant: str
     architecture: str

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SECTION = re.compile(r"^\.text\.(\S+):$")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Za-z0-9_.]*)")
 _TENSOR = re.compile(r"[HIDBQO]G?MMA|UTC\w*MMA")  # mma.sync, wgmma and tcgen05.mma, in every type
 _WIDTH = re.compile(r"\.[US]?(8|16|64|128|256)\b")
 _SHARED = frozenset({"LDS", "STS", "LDSM", "STSM", "ATOMS"})
