@@ -72,7 +72,9 @@ def report(
         try:
             kernels = implementation.static_kernels()
         except Exception as error:  # whatever the module of a page raises: a reason in a row, never our crash
-            missing = isinstance(error, ModuleNotFoundError) and error.name != implementation.kernels
+            package = (getattr(error, "name", None) or "").partition(".")[0]
+            own = package == implementation.kernels.partition(".")[0]
+            missing = isinstance(error, ModuleNotFoundError) and not own
             reason = f"{implementation.kernels}: {type(error).__name__}: {first_error(str(error))}"
             status = "unsupported" if missing else "error"
             for architecture in architectures:

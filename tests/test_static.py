@@ -162,6 +162,7 @@ def test_missing_disassembler(tmp_path, monkeypatch):
     "source, status, reason",
     [
         ("import no_such_framework", "unsupported", "ModuleNotFoundError: No module named 'no_such_framework'"),
+        ("raise ModuleNotFoundError('gone', name='listing.gone')", "error", "ModuleNotFoundError: gone"),
         ("1 / 0", "error", "ZeroDivisionError: division by zero"),
         ("", "error", "AttributeError: module 'listing' has no attribute 'static_kernels'"),
     ],
