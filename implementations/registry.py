@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from implementations.kernels import Kernel
 from spec import problem as problem_module
 from spec.problem import DTYPES, PASSES, Dtype, Pass, Problem
 
@@ -43,6 +44,8 @@ class Implementation:
         dtypes, passes, devices: what it can do.
         requires: import names it needs beside its framework.
         supports: None if it can solve a problem, else the reason in one line.
+        kernels: the module with `static_kernels() -> Iterable[TritonKernel | CudaKernel]`, the GPU kernels that its
+            pages launch (see `implementations.kernels`), for the report that compiles them; empty if it has none.
     """
 
     key: str
@@ -53,6 +56,7 @@ class Implementation:
     devices: tuple[Device, ...] = ("cpu", "cuda")
     requires: tuple[str, ...] = ()
     supports: Callable[[Problem], str | None] = supports_all
+    kernels: str = ""
 
     def unsupported(self, problem: Problem, device: Device) -> str | None:
         """Why this implementation cannot solve `problem` on `device`, or None; imports nothing."""
@@ -80,6 +84,10 @@ class Implementation:
     def page(self, problem: Problem) -> ModuleType:
         """The module that solves `problem`; imports its framework."""
         return importlib.import_module(self.pages[problem.inner_model])
+
+    def static_kernels(self) -> tuple[Kernel, ...]:
+        """The GPU kernels of its pages, each in the settings they are launched with; imports what they need."""
+        return tuple(importlib.import_module(self.kernels).static_kernels()) if self.kernels else ()
 
     def source_hash(self) -> str:
         """Of the source of its pages, of what they import from their own package, of its kernels and of `spec/`."""

@@ -1,0 +1,94 @@
+"""How an implementation tells the static report what it launches: one kernel in one setting each; imports nothing.
+
+The module that `Implementation.kernels` names has `static_kernels()`, which lists them with the settings that its
+own launches use: share the constants with the launch, or the report is about other kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spec.problem import InnerModel
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonKernel:
+    """One setting of a Triton kernel.
+
+    Attributes:
+        function: what `triton.jit` made; a wrapper such as `triton.autotune` around it is looked through.
+        signature: the type of each argument that is no constexpr: `{"p_xq": "*bf16", "tokens": "i32"}`.
+        constexprs: the value of each argument that is one: `{"D": 64}`.
+        aligned: arguments that a launch finds divisible by 16; None for every pointer.
+        maxnreg: the most registers a thread may have; None for no limit.
+        declared_spill_bytes: a spill that the kernel's file declares and explains; more fails the report.
+        architectures: what it is written for; Triton itself takes sm_90a for sm_90.
+    """
+
+    function: Any
+    inner_model: InnerModel
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    maxnreg: int | None = None
+    aligned: tuple[str, ...] | None = None
+    declared_spill_bytes: int = 0
+    architectures: tuple[str, ...] = ARCHITECTURES
+
+    @property
+    def name(self) -> str:
+        """The function's."""
+        return self.function.__name__
+
+    @property
+    def variant(self) -> str:
+        """The setting in one line: argument types, constexprs, options."""
+        settings = {**self.constexprs, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.maxnreg is not None:
+            settings["maxnreg"] = self.maxnreg
+        return " ".join([",".join(self.signature.values()), *(f"{name}={value}" for name, value in settings.items())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaKernel:
+    """One instantiation of a CUDA kernel.
+
+    Attributes:
+        source: the `.cu` file; it may include what lies beside it.
+        expression: the kernel as NVRTC's name expression: `ttt::forward<64, 16>`.
+        options: of NVRTC, as the launch gives them (`-DD=64`, `--std=c++17`), without architecture and include paths.
+        threads: of a block.
+        dynamic_shared_bytes: of a block.
+        declared_spill_bytes: a spill that the kernel's file declares and explains; more fails the report.
+        architectures: what it is written for, with the suffix it needs: `("sm_90a",)` for one with `wgmma`.
+    """
+
+    source: Path
+    expression: str
+    inner_model: InnerModel
+    threads: int
+    options: tuple[str, ...] = ()
+    dynamic_shared_bytes: int = 0
+    declared_spill_bytes: int = 0
+    architectures: tuple[str, ...] = ARCHITECTURES
+
+    @property
+    def name(self) -> str:
+        """The kernel's, without template arguments."""
+        return self.expression.partition("<")[0]
+
+    @property
+    def variant(self) -> str:
+        """The setting in one line: template arguments, options, threads, dynamic shared memory."""
+        arguments = self.expression.removeprefix(self.name)
+        shared = f"dynamic_shared={self.dynamic_shared_bytes}" if self.dynamic_shared_bytes else ""
+        return " ".join(filter(None, [arguments, *self.options, f"threads={self.threads}", shared]))
+
+
+Kernel = TritonKernel | CudaKernel
