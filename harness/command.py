@@ -1,7 +1,8 @@
-"""The command line behind the nox sessions: `python -m harness parity|sweep|doctor`.
+"""The command line behind the nox sessions: `python -m harness parity|sweep|compare|doctor`.
 
 Exit codes: 0 all right; 1 something is wrong, too slow or missing in the results; 2 the command, the grid or the
 results folder is not usable; 130 interrupted (what was finished is on disk, and the same command resumes a sweep).
+`compare` has codes of its own, see `compare_command`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness import doctor, environment, grid, parity, plots, records, summary, sweep
+from harness import compare_command, doctor, environment, grid, parity, plots, records, summary, sweep
 from harness.parity import Settings
 from harness.rows import ParityRow, Row, SweepRow, latest
 from implementations.registry import select
@@ -152,7 +153,7 @@ def _integers(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness", description="TTT Lab: are kernels right, how fast?")
-    commands = parser.add_subparsers(required=True, metavar="parity | sweep | doctor")
+    commands = parser.add_subparsers(required=True, metavar="parity | sweep | compare | doctor")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--implementations", type=_names, metavar="A,B", help="keys or folders: torch.eager,jax")
     common.add_argument("--cases", type=_names, metavar="A,B", help="case names or group:small|size|stress|named")
@@ -178,6 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--baseline", default="torch.eager", metavar="KEY", help="what speed-ups are relative to")
     command.add_argument("--fresh", action="store_true", help="forget the rows of these cells first")
     command.set_defaults(command=_sweep)
+
+    compare_command.add_parser(commands)
 
     command = commands.add_parser("doctor", help="show that the checker catches planted faults")
     command.set_defaults(command=_doctor)
