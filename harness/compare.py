@@ -139,9 +139,10 @@ def _add_device(found: Comparison, where: str, base: Side, head: Side) -> None:
 
 
 def _matched(base: Side, head: Side) -> Iterator[tuple[AnyRow, AnyRow]]:
-    for cell, tensors in base.parity.items():
-        after = head.parity.get(cell, {})
-        yield from ((row, after[tensor]) for tensor, row in tensors.items() if tensor in after)
+    for cell, before in base.parity.items():
+        if after := head.parity.get(cell):
+            same = [(row, after[tensor]) for tensor, row in before.items() if tensor in after]
+            yield from same or [(next(iter(before.values())), next(iter(after.values())))]  # one failed as a whole
     yield from ((row, head.sweep[cell]) for cell, row in base.sweep.items() if cell in head.sweep)
 
 

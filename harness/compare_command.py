@@ -29,7 +29,7 @@ exit codes:
    0  nothing is missing, wrong, less accurate or slower
    2  the command line is not usable
 {CODES}
-Of several, the one that is further up in this list. The report names them all.
+Of several, the first of 13, 10, 12, 11; the report names them all.
 
 A regression is slower by more than the threshold, with a bootstrap interval that excludes 1, and significant among
 all timings (moderated t-test, Benjamini-Hochberg at 0.05). With one process on a side, as in a pytest-benchmark

@@ -16,6 +16,7 @@ Blocks = Sequence[np.ndarray]
 
 RESAMPLES = 1000
 LEVEL = 0.95
+LEAST_CELLS = 5  # of fewer, the variances say too little about one another
 MEDIAN_OVER_MEAN = np.pi / 2  # variance of a median over that of a mean, for many normal values
 
 
@@ -51,7 +52,7 @@ def p_values(cells: Sequence[tuple[Blocks, Blocks]]) -> np.ndarray:
     of freedom. But there are many cells and their noise is much alike: each cell's variance is shrunk towards
     the variance that is typical of all of them, by as much as the cells' own variances agree with one another, and the
     degrees of freedom grow by what this borrows. The test stays valid where the noise of cells differs, since the
-    spread of their variances is estimated too, and one cell alone is Student's t-test. What a process's own blocks
+    spread of their variances is estimated too; fewer than five cells get Student's t-test. What a process's own blocks
     scatter by is noise that its median certainly has: no variance is taken to be less.
 
     Source: Smyth 2004, "Linear models and empirical Bayes methods for assessing differential expression in microarray
@@ -66,10 +67,7 @@ def p_values(cells: Sequence[tuple[Blocks, Blocks]]) -> np.ndarray:
     degrees = counts.sum(axis=1) - 2.0
     squares = [((base - base.mean()) ** 2).sum() + ((head - head.mean()) ** 2).sum() for base, head in pairs]
     prior, prior_degrees = _prior(np.array(squares) / degrees, degrees)
-    if np.isinf(prior_degrees):
-        variances = np.full(len(pairs), prior)
-    else:
-        variances = (prior_degrees * prior + np.array(squares)) / (prior_degrees + degrees)
+    variances = (prior_degrees * prior + np.array(squares)) / (prior_degrees + degrees)
     variances = np.maximum(variances, [_least_variance([*base, *head]) for base, head in cells])
     differences = np.array([head.mean() - base.mean() for base, head in pairs])
     errors = np.sqrt(variances * (1 / counts).sum(axis=1))
@@ -124,17 +122,24 @@ def _least_variance(processes: Blocks) -> float:
 
 
 def _prior(variances: np.ndarray, degrees: np.ndarray) -> tuple[float, float]:
-    """The typical variance, and how many degrees of freedom the agreement of the cells is worth; 0 for one cell."""
-    if len(variances) < 2 or not variances.any():
+    """The typical variance, and how many degrees of freedom the agreement of the cells is worth; 0 for a few cells.
+
+    By how much the variances differ more than by chance is itself uncertain where the cells are few: for what they are
+    worth, it is taken to be one standard error more than estimated. Without that, a dozen cells of unequal noise give
+    p < 0.001 four times too often (in simulations, two processes a side).
+    """
+    if len(variances) < LEAST_CELLS or not variances.any():
         return 0.0, 0.0
     variances = np.maximum(variances, 1e-5 * np.median(variances[variances > 0]))  # a logarithm follows
     half = degrees / 2
     logs = np.log(variances) - special.digamma(half) + np.log(half)
-    excess = logs.var(ddof=1) - special.polygamma(1, half).mean()
-    if excess <= 0:  # they differ by no more than chance
-        return float(np.exp(logs.mean())), np.inf
-    prior_half = _inverse_trigamma(excess)
-    return float(np.exp(logs.mean() + special.digamma(prior_half) - np.log(prior_half))), 2 * prior_half
+    by_chance = special.polygamma(1, half).mean()
+    kurtosis = special.polygamma(3, half).mean() / by_chance**2
+    spread = logs.var(ddof=1)
+    error = max(spread, by_chance) * ((2 + kurtosis) / (len(logs) - 1)) ** 0.5
+    excess = spread - by_chance
+    typical, worth = (_inverse_trigamma(max(value, 1e-9)) for value in (excess, excess + error))
+    return float(np.exp(logs.mean() + special.digamma(typical) - np.log(typical))), 2 * worth
 
 
 def _inverse_trigamma(y: float) -> float:
