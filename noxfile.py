@@ -75,6 +75,18 @@ def sweep(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="lab", reuse_venv=True)
+def compare(session: nox.Session) -> None:
+    """Compare two results folders, git revisions or benchmark files: -- BASE HEAD."""
+    _run_in_lab(session, "harness", "compare")
+
+
+@nox.session(venv_backend="lab", reuse_venv=True)
+def bench(session: nox.Session) -> None:
+    """Time a small set under pytest-benchmark, for a quick look."""
+    _run_in_lab(session, "pytest", "benchmarks")
+
+
+@nox.session(venv_backend="lab", reuse_venv=True)
 def doctor(session: nox.Session) -> None:
     """Show that the checker catches every planted fault."""
     _run_in_lab(session, "harness", "doctor")

@@ -1,7 +1,8 @@
-"""The command line behind the nox sessions: `python -m harness parity|sweep|doctor|static|proof`.
+"""The command line behind the nox sessions: `python -m harness parity|sweep|compare|doctor|static|proof`.
 
 Exit codes: 0 all right; 1 something is wrong, too slow or missing in the results; 2 the command, the grid or the
 results folder is not usable; 130 interrupted (what was finished is on disk, and the same command resumes a sweep).
+`compare` has codes of its own, see `compare_command`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness import ceilings, doctor, environment, grid, parity, plots, records, static, summary, sweep
+from harness import (
+    ceilings,
+    compare_command,
+    doctor,
+    environment,
+    grid,
+    parity,
+    plots,
+    records,
+    static,
+    summary,
+    sweep,
+)
 from harness.parity import Settings
 from harness.rows import ParityRow, Row, SweepRow, latest
 from harness.worker import Failure, Worker
@@ -222,7 +235,7 @@ def _integers(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness", description="TTT Lab: are kernels right, how fast?")
-    commands = parser.add_subparsers(required=True, metavar="parity | sweep | doctor | static | proof")
+    commands = parser.add_subparsers(required=True, metavar="parity | sweep | compare | doctor | static | proof")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--implementations", type=_names, metavar="A,B", help="keys or folders: torch.eager,jax")
     common.add_argument("--cases", type=_names, metavar="A,B", help="case names or group:small|size|stress|named")
@@ -253,6 +266,8 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--retry", choices=["failed"], help="forget those that are neither ok nor unsupported first")
     start.add_argument("--status", action="store_true", help="say what is done and what is left, and measure nothing")
     command.set_defaults(command=_sweep)
+
+    compare_command.add_parser(commands)
 
     command = commands.add_parser("doctor", help="show that the checker catches planted faults")
     command.set_defaults(command=_doctor)
