@@ -79,6 +79,12 @@ def doctor(session: nox.Session) -> None:
     _run_in_lab(session, "harness", "doctor")
 
 
+@nox.session(venv_backend="lab", reuse_venv=True)
+def report(session: nox.Session) -> None:
+    """Render result folders to HTML pages."""
+    _run_in_lab(session, "harness", "report")
+
+
 @nox.session(reuse_venv=True)
 def lint(session: nox.Session) -> None:
     """Check the style with ruff."""

@@ -1,4 +1,4 @@
-"""The command line behind the nox sessions: `python -m harness parity|sweep|doctor`.
+"""The command line behind the nox sessions: `python -m harness parity|sweep|doctor|report`.
 
 Exit codes: 0 all right; 1 something is wrong, too slow or missing in the results; 2 the command, the grid or the
 results folder is not usable; 130 interrupted (what was finished is on disk, and the same command resumes a sweep).
@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness import doctor, environment, grid, parity, plots, records, summary, sweep
+from harness import doctor, environment, grid, parity, plots, records, report, summary, sweep
 from harness.parity import Settings
 from harness.rows import ParityRow, Row, SweepRow, latest
 from implementations.registry import select
@@ -152,7 +152,7 @@ def _integers(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness", description="TTT Lab: are kernels right, how fast?")
-    commands = parser.add_subparsers(required=True, metavar="parity | sweep | doctor")
+    commands = parser.add_subparsers(required=True, metavar="parity | sweep | doctor | report")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--implementations", type=_names, metavar="A,B", help="keys or folders: torch.eager,jax")
     common.add_argument("--cases", type=_names, metavar="A,B", help="case names or group:small|size|stress|named")
@@ -181,4 +181,6 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("doctor", help="show that the checker catches planted faults")
     command.set_defaults(command=_doctor)
+
+    report.add_parser(commands)
     return parser
