@@ -12,12 +12,12 @@ from PIL import Image
 
 # What a file's name says, as (pattern, caption); a group is one part of the name.
 _CAPTIONS = (
-    (r"parity_matrix", "Worst error over the allowed error, for each implementation, tensor and precision; 1 is the limit"),
+    (r"parity_matrix", "Worst error over the allowed one, by implementation, tensor and precision; 1 is the limit"),
     (r"speedup_(\w+?)_(\w+)", "Speed-up over the baseline, case by case: TTT {}, {}"),
     (r"time_vs_tokens_(\w+?)_(\w+)", "Time against sequence length: TTT {}, {}"),
     (r"throughput_vs_tokens_(\w+?)_(\w+)", "Tokens a second against sequence length: TTT {}, {}"),
     (r"error_vs_time", "Error against time, of what passed its parity check"),
-    (r"roofline_(\w+)", "Roofline: attained rate against arithmetic intensity, below what the device was measured to do: TTT {}"),
+    (r"roofline_(\w+)", "Roofline: attained rate against arithmetic intensity, under measured ceilings: TTT {}"),
     (r"bounds_(\w+)", "What bounds each case: time over the larger of roofline time and latency floor: TTT {}"),
 )
 

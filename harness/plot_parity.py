@@ -35,7 +35,7 @@ def parity_matrix(folder: Path) -> Path:
     drawn: list[WorstCell] = []
     for axes, precision in zip(panels[:, 0], precisions, strict=True):
         cells = worst_cells(table[table["precision"] == precision], names, "tensor", tensors)
-        drawn += sum(cells, [])
+        drawn += [cell for line in cells for cell in line]
         colours = np.array([[_colour(cell) for cell in line] for line in cells])
         heat(axes, colours, np.array([[_text(cell) for cell in line] for line in cells], object), names, tensors)
         axes.tick_params(labelbottom=True)
@@ -57,7 +57,7 @@ def _verdict(cells: list[WorstCell]) -> str:
     kinds = Counter(cell.kind for cell in cells)
     checked = kinds["ok"] + kinds["wrong"] + kinds["failed"]
     lacking = f", {kinds['failed']} lack a case's result" if kinds["failed"] else ""
-    return (f"{kinds['wrong']} of {checked} cells fail" if kinds["wrong"] else f"none of {checked} cells fails") + lacking
+    return f"{kinds['wrong'] or 'none'} of {checked} cells fail{'' if kinds['wrong'] else 's'}{lacking}"
 
 
 def tensors_of(table: pandas.DataFrame) -> list[str]:

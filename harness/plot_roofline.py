@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def read_ceilings(folder: Path) -> Ceilings:
     """What the device was measured to do, from the folder's `ceilings.json`; empty where there is none.
 
     Raises:
-        ValueError: the file has no copy bandwidth or no rates of matrix products.
+        ValueError: the file has no copy bandwidth or no rates of matrix products, or one that is not positive.
     """
     path = folder / "ceilings.json"
     if not path.exists():
@@ -32,7 +33,10 @@ def read_ceilings(folder: Path) -> Ceilings:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rates = {name: float(rate) for name, rate in content["matmul_flops_per_s"].items()}
-        return {"bytes_per_s": float(content["copy_bytes_per_s"]), "flops_per_s": rates}
+        copy = float(content["copy_bytes_per_s"])
+        if not all(0 < rate < math.inf for rate in (copy, *rates.values())):
+            raise ValueError(f"a rate that is not positive in {rates | {'copy': copy}}")
+        return {"bytes_per_s": copy, "flops_per_s": rates, "fingerprint": content.get("fingerprint", "")}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: expected copy_bytes_per_s and matmul_flops_per_s: {error!r}") from None
 
@@ -69,7 +73,11 @@ def roofline(table: pandas.DataFrame, ceilings: Ceilings, all_styles: Styles, pa
     for axes in panels[-1]:
         axes.set_xlabel("arithmetic intensity (FLOPs / byte)")
     legend(figure, table["implementation"].unique(), all_styles, lines=False)
-    return save(figure, path, title if ceilings else f"{title}\nno roofs: the folder has no ceilings.json")
+    if not ceilings:
+        title += "\nno roofs: the folder has no ceilings.json"
+    elif ceilings["fingerprint"] and ceilings["fingerprint"] not in set(table["fingerprint"]):
+        title += "\nroofs measured in another environment than the times"
+    return save(figure, path, title)
 
 
 def bounds(table: pandas.DataFrame, all_styles: Styles, path: Path, title: str) -> Path:
@@ -106,10 +114,10 @@ def _draw_roofs(axes: Axes, ceilings: Ceilings, flops_per_s: float | None, left:
     ridge = flops_per_s / memory if flops_per_s else right
     x = np.array([left, ridge, right])
     axes.plot(x, np.minimum(x * memory, flops_per_s or np.inf), color=ROOF, linewidth=1.5, zorder=1)
-    copy = f"copy {EngFormatter(unit='B/s', places=2)(memory)}"
-    axes.text(left * 1.5, left * memory, copy, va="top", **style)  # below the slope, clear of it
+    copy = f"slope: copy {EngFormatter(unit='B/s', places=2)(memory)}"
+    axes.text(0.02, 0.97, copy, va="top", transform=axes.transAxes, **style)  # above the roof, where no point is
     if flops_per_s:
-        matmul = f"matmul {EngFormatter(unit='FLOP/s', places=0)(flops_per_s)} "
+        matmul = f"flat: matmul {EngFormatter(unit='FLOP/s', places=0)(flops_per_s)} "
         axes.text(right, flops_per_s, matmul, ha="right", va="bottom", **style)
 
 
@@ -127,7 +135,7 @@ def _draw_bounds(axes: Axes, rows: pandas.DataFrame, place: int, all_styles: Sty
     found = {name: float(rows[name].max()) for name in BOUNDS if rows[name].notna().any()}
     larger = max(found, key=lambda name: found[name])
     for name, ms in found.items():
-        label, colour = BOUNDS[name]
+        colour = BOUNDS[name][1]
         axes.plot([ms / found[larger], 1], [place, place], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
         axes.plot(ms / found[larger], place, marker="|", markersize=16, markeredgewidth=2.5, color=colour)
     texts = [f"{BOUNDS[name][0]} {ms:.2g}" for name, ms in sorted(found.items(), key=lambda pair: -pair[1])]

@@ -114,7 +114,7 @@ def colour_bar(figure: Figure, panels: Any, colours: Colormap, norm: LogNorm, ti
 def legend(
     figure: Figure, drawn: Iterable[str], all_styles: Styles, lines: bool = True, more: Iterable[Artist] = ()
 ) -> None:
-    """One legend for all axes, below them: the implementations that are drawn, as points without `lines`, and `more`."""
+    """One legend for all axes, below them: the implementations drawn, points without `lines`, and `more`."""
     points = {} if lines else {"linestyle": "none"}
     handles = [Line2D([], [], label=key, markersize=7, **all_styles[key] | points) for key in sorted(drawn)]
     handles += more

@@ -23,11 +23,13 @@ def fill(folder, device="cuda"):
     cell = {"dtype": "bf16", "device": device}
     for name in TIMES:
         for tensor, ratio in (("out", 0.05), ("d_xq", 0.3), ("d_lr", 0.9)):
-            records.append(folder / "parity.csv", [parity_row(implementation=name, tensor=tensor, error_ratio=ratio, **cell)])
+            row = parity_row(implementation=name, tensor=tensor, error_ratio=ratio, **cell)
+            records.append(folder / "parity.csv", [row])
     wrong = {**cell, "implementation": "mine.wrong", "status": "wrong", "reason": REASON}
     records.append(folder / "parity.csv", [parity_row(**wrong, tensor="out", error_ratio=2.0)])
     records.append(folder / "parity.csv", [parity_row(**wrong, tensor="d_xq", error_ratio=float("nan"))])
-    records.append(folder / "parity.csv", [failed(parity_row, "unsupported", implementation="cuda.none", tensor="", **cell)])
+    unsupported = failed(parity_row, "unsupported", implementation="cuda.none", tensor="", **cell)
+    records.append(folder / "parity.csv", [unsupported])
     machine = {"gpu": GPU["gpu"], "device": device, "versions": "torch==2 jax==0.10", "git_sha": "abc"}
     machine["arguments"] = {"command": "sweep", "implementations": ["jax", "torch"], "fresh": True, "seed": 0}
     (folder / "environment.json").write_text(json.dumps(machine))

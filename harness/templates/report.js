@@ -189,7 +189,7 @@
   }
 
   for (const part of parts) {
-    part.form.addEventListener("input", () => { part.update(); remember(); });
+    for (const type of ["input", "change"]) part.form.addEventListener(type, () => { part.update(); remember(); }); // a driver may send but one
     part.form.addEventListener("submit", (event) => event.preventDefault());
     part.form.addEventListener("reset", () => setTimeout(() => { part.reset(); part.update(); remember(); }));
     part.update();
