@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from matplotlib.ticker import EngFormatter
+
 from harness.leaderboard import PRECISIONS, Cell, precision
 from harness.parity_view import precisions
 from harness.rows import ParityRow, SweepRow
@@ -56,13 +58,15 @@ def dash(value: Any) -> Any:
 
 
 def flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested objects as dotted names, lists with commas between."""
+    """Nested objects as dotted names, lists with commas between, large rates as 2.95 T."""
     found: list[tuple[str, str]] = []
     for name, value in content.items():
         if isinstance(value, dict):
             found += flat(value, f"{prefix}{name}.")
         else:
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            if isinstance(value, float) and value >= 1e6:
+                text = EngFormatter(places=2)(value)
             found.append((prefix + name, dash(text)))
     return found
 
@@ -153,9 +157,9 @@ def sweep_data(cells: list[Cell]) -> dict[str, Any]:
             }
             for cell in cells
         ],
+        "names": ["cell", "rank", "status", *names],
         "rows": [
-            {"cell": index, "status": entry.row.status, "rank": entry.rank}
-            | {name: value for name in names if (value := _plain(getattr(entry.row, name))) is not None}
+            [index, entry.rank, entry.row.status, *(_plain(getattr(entry.row, name)) for name in names)]
             for index, cell in enumerate(cells)
             for entry in cell.entries
         ],
@@ -163,8 +167,10 @@ def sweep_data(cells: list[Cell]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """For JSON, which has no NaN; six digits are more than the page shows."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return None if value == "" else value
 
 
 def parity_texts(row: ParityRow) -> list[str]:
@@ -203,6 +209,8 @@ def unsupported(rows: Iterable[AnyRow]) -> list[tuple[str, str, int, int]]:
     return [(*names, found[0], found[1]) for names, found in sorted(counts.items())]
 
 
-def kernels(text: str) -> list[str]:
-    """The parts of the column `kernels`."""
-    return [part.strip() for part in text.split(";") if part.strip()]
+def kernels(text: str, most: int = 6, width: int = 100) -> list[str]:
+    """The first parts of the column `kernels`, cut to `width`; `sweep.csv` has all of it."""
+    parts = [part.strip() for part in text.split(";") if part.strip()]
+    shown = [part if len(part) <= width else part[: width - 1] + "…" for part in parts[:most]]
+    return shown + ([f"and {len(parts) - most} more in sweep.csv"] if len(parts) > most else [])

@@ -17,7 +17,7 @@ from harness.command import main
 from harness.figures import caption
 from harness.leaderboard import leaderboard
 from harness.parity_view import matrices
-from harness.report_view import command_line, number
+from harness.report_view import command_line, kernels, number
 from harness.rows import SweepRow, columns, latest
 from tests.report_folder import REASON, fill
 from tests.test_records import failed, parity_row, sweep_row
@@ -103,8 +103,9 @@ def test_reasons_are_text_never_markup(folder):
 def test_data_of_the_script_is_in_the_order_of_the_rows(folder):
     page = tree(folder / report.NAME)
     data = json.loads(page.find(".//script[@id='data']").text)
-    assert [row["implementation"] for row in data["sweep"]["rows"]] == [row[1] for row in board(page)]
-    assert [str(row["rank"] or "–") for row in data["sweep"]["rows"]] == [row[0] for row in board(page)]
+    rows = [dict(zip(data["sweep"]["names"], row, strict=True)) for row in data["sweep"]["rows"]]
+    assert [row["implementation"] for row in rows] == [row[1] for row in board(page)]
+    assert [str(row["rank"] or "–") for row in rows] == [row[0] for row in board(page)]
     assert len(data["parity"]) == 15
     assert [row[5] for row in data["parity"][:2]] == ["wrong", "wrong"]
 
@@ -229,6 +230,21 @@ def test_a_folder_that_cannot_be_read(tmp_path, name, content, message):
 def test_numbers_keep_three_digits_and_no_exponent():
     numbers = [None, 0.0, 0.05123, 5.123, 51.23, 512.3, 5123.0, float("nan"), float("inf")]
     assert [number(value) for value in numbers] == ["–", "0", "0.0512", "5.12", "51.2", "512", "5,123", "NaN", "inf"]
+
+
+def test_measured_ceilings_are_shown(folder, tmp_path):
+    shutil.copy(folder / "sweep.csv", tmp_path)
+    ceilings = {"copy_bytes_per_s": 2.951e12, "matmul_flops_per_s": {"bf16": 7e14}}
+    (tmp_path / "ceilings.json").write_text(json.dumps(ceilings))
+    rows = tree(report.write(tmp_path)).findall(".//table[@class='pairs']//tr")
+    shown = [[texts(cell) for cell in row] for row in rows]
+    assert shown == [["copy_bytes_per_s", "2.95 T"], ["matmul_flops_per_s.bf16", "700.00 T"]]
+
+
+def test_long_lists_of_kernels_are_cut():
+    assert kernels("2 x a; 1 x b") == ["2 x a", "1 x b"]
+    assert kernels("1 x " + "k" * 200 + "; b" * 9)[0] == "1 x " + "k" * 95 + "…"
+    assert kernels("a" + "; b" * 9)[5:] == ["b", "and 4 more in sweep.csv"]
 
 
 def test_the_command_line_can_be_typed():

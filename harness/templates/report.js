@@ -7,7 +7,8 @@
   const parity = by("parity-rows") && parityRows();
 
   function leaderboard() {
-    const { cells, rows } = data.sweep;
+    const { cells, names } = data.sweep;
+    const rows = data.sweep.rows.map((values) => Object.fromEntries(values.map((value, index) => [names[index], value])));
     const form = by("filters");
     const bodies = [...by("board").tBodies];
     const heads = [...by("board").tHead.rows[0].cells];
