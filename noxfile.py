@@ -98,6 +98,12 @@ def static(session: nox.Session) -> None:
     _run_in_lab(session, "harness", "static")
 
 
+@nox.session(venv_backend="lab", reuse_venv=True)
+def report(session: nox.Session) -> None:
+    """Render result folders to HTML pages."""
+    _run_in_lab(session, "harness", "report")
+
+
 @nox.session(reuse_venv=True)
 def lint(session: nox.Session) -> None:
     """Check the style with ruff."""

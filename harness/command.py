@@ -1,4 +1,4 @@
-"""The command line behind the nox sessions: `python -m harness parity|sweep|compare|doctor|static|proof`.
+"""The command line behind the nox sessions: `python -m harness parity|sweep|compare|report|static|doctor|proof`.
 
 Exit codes: 0 all right; 1 something is wrong, too slow or missing in the results; 2 the command, the grid or the
 results folder is not usable; 130 interrupted (what was finished is on disk, and the same command resumes a sweep).
@@ -25,6 +25,7 @@ from harness import (
     parity,
     plots,
     records,
+    report,
     static,
     summary,
     sweep,
@@ -235,7 +236,7 @@ def _integers(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness", description="TTT Lab: are kernels right, how fast?")
-    commands = parser.add_subparsers(required=True, metavar="parity | sweep | compare | doctor | static | proof")
+    commands = parser.add_subparsers(required=True, metavar="parity | sweep | compare | report | static | doctor | proof")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--implementations", type=_names, metavar="A,B", help="keys or folders: torch.eager,jax")
     common.add_argument("--cases", type=_names, metavar="A,B", help="case names or group:small|size|stress|named")
@@ -279,4 +280,5 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_proof)
 
     static.add_parser(commands)
+    report.add_parser(commands)
     return parser

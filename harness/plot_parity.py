@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from harness.plot_style import GREY, by_precision, colour_bar, grid, heat, read,
 from spec.tensors import MlpInputs, MlpOutputs
 
 TENSORS = [*MlpOutputs._fields, *(f"d_{name}" for name in MlpInputs._fields)]
+AMBER = (0.98, 0.88, 0.62, 1.0)
 NORM = LogNorm(0.01, 100)  # centred at 1, where the colour jumps: allowed on the blue side, not on the other
 COLOURS = ListedColormap(
     [*seaborn.color_palette("Blues_r", 160)[24:120], *seaborn.color_palette("OrRd", 160)[56:152]], "allowed"
@@ -25,18 +29,15 @@ def parity_matrix(folder: Path) -> Path:
     """Implementation x tensor, coloured by the worst error ratio over all cases, one panel for each precision."""
     table = read(folder, "parity.csv")
     names, precisions = sorted(table["implementation"].unique()), by_precision(table)
-    named = [tensor for tensor in table["tensor"].unique() if tensor and tensor not in TENSORS]
-    tensors = [tensor for tensor in TENSORS if tensor in set(table["tensor"])] + named or ["all"]
+    tensors = tensors_of(table)
     height = 1.9 + len(precisions) * (0.7 + 0.29 * len(names))
     figure, panels = grid(len(precisions), 1, 10, height, sharex=True)
-    failing = checked = 0
+    drawn: list[WorstCell] = []
     for axes, precision in zip(panels[:, 0], precisions, strict=True):
-        worst, failed, texts = _cells(table[table["precision"] == precision], names, tensors)
-        failing, checked = failing + int(failed.sum()), checked + int((failed | np.isfinite(worst)).sum())
-        colours = COLOURS(NORM(np.nan_to_num(np.where(failed, np.clip(worst, 1.001, 1e9), worst), nan=1.0)))
-        colours[np.isnan(worst)] = (1, 1, 1, 1)
-        colours[texts == "–"] = GREY
-        heat(axes, colours, texts, names, tensors)
+        cells = worst_cells(table[table["precision"] == precision], names, "tensor", tensors)
+        drawn += [cell for line in cells for cell in line]
+        colours = np.array([[_colour(cell) for cell in line] for line in cells])
+        heat(axes, colours, np.array([[_text(cell) for cell in line] for line in cells], object), names, tensors)
         axes.tick_params(labelbottom=True)
         axes.set_title(precision, loc="left", fontsize=11, fontweight="bold")
         _reasons(axes, table[table["precision"] == precision], names, len(tensors))
@@ -44,38 +45,81 @@ def parity_matrix(folder: Path) -> Path:
     below = colour_bar(figure, panels, COLOURS, NORM, ticks)
     below.set_xlabel("worst error / allowed error, over all cases, seeds and inner models")
     marks = [
+        Patch(facecolor=AMBER, label="no result in some case"),
         Patch(facecolor=GREY, label="–  unsupported"),
         Patch(facecolor="white", edgecolor="#bbbbbb", label="not run"),
     ]
-    figure.legend(handles=marks, loc="outside lower right", frameon=False, ncols=2, fontsize=9)
-    verdict = f"{failing} of {checked} cells fail" if failing else f"all {checked} cells pass"
-    return save(figure, folder / "parity_matrix.png", f"Parity with the truth: {verdict}")
+    figure.legend(handles=marks, loc="outside lower right", frameon=False, ncols=3, fontsize=9)
+    return save(figure, folder / "parity_matrix.png", f"Parity with the truth: {_verdict(drawn)}")
 
 
-def _cells(table: pandas.DataFrame, names: list[str], tensors: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of one precision: worst ratio (NaN where none), whether it fails, and what is written into the cell."""
-    worst = np.full((len(names), len(tensors)), np.nan)
-    failed = np.zeros(worst.shape, bool)
-    texts = np.full(worst.shape, "", object)
-    for row, name in enumerate(names):
-        of_name = table[table["implementation"] == name]
-        for column, tensor in enumerate(tensors):
-            cell = of_name[of_name["tensor"].isin([tensor, ""])]  # a row without a tensor speaks for all of them
-            bad = cell[~cell["status"].isin(["ok", "unsupported"])]
-            worst[row, column] = cell["error_ratio"].max()
-            failed[row, column] = not bad.empty
-            if not bad.empty:
-                ratio = bad["error_ratio"].max(skipna=False)
-                worst[row, column] = ratio if np.isfinite(ratio) else np.inf
-                texts[row, column] = f"{ratio:.2g}" if bad["error_ratio"].notna().all() else _without_number(bad)
-            elif cell["status"].eq("unsupported").all() and not cell.empty:
-                texts[row, column] = "–"
-    return worst, failed, texts
+def _verdict(cells: list[WorstCell]) -> str:
+    kinds = Counter(cell.kind for cell in cells)
+    checked = kinds["ok"] + kinds["wrong"] + kinds["failed"]
+    lacking = f", {kinds['failed']} lack a case's result" if kinds["failed"] else ""
+    return f"{kinds['wrong'] or 'none'} of {checked} cells fail{'' if kinds['wrong'] else 's'}{lacking}"
 
 
-def _without_number(bad: pandas.DataFrame) -> str:
-    status = bad["status"].iloc[-1]
-    return "NaN" if status == "wrong" else status
+def tensors_of(table: pandas.DataFrame) -> list[str]:
+    """The tensors that the table has rows of, outputs first; `all` where no row names one."""
+    named = [tensor for tensor in table["tensor"].unique() if tensor and tensor not in TENSORS]
+    return [tensor for tensor in TENSORS if tensor in set(table["tensor"])] + named or ["all"]
+
+
+@dataclass(frozen=True)
+class WorstCell:
+    """The worst of one implementation in one tensor or case.
+
+    Attributes:
+        kind: `wrong`; `failed`, where nothing is wrong but something has no result; `unsupported`; `ok`; or `none`.
+        ratio: the worst error ratio, of what is wrong if anything is, else of what is right; NaN where there is none.
+        status: of the last row that has no result, for kind `failed`.
+    """
+
+    kind: str
+    ratio: float = math.nan
+    status: str = ""
+
+
+def worst_cells(table: pandas.DataFrame, names: list[str], by: str, labels: list[str]) -> list[list[WorstCell]]:
+    """Implementation `names` x `labels` of the column `by`, of the rows of one precision."""
+    groups = dict(list(table.groupby(["implementation", by])))
+    nothing = table.iloc[:0]
+    # A row without a tensor speaks for all of them.
+    parts = [[(groups.get((name, label)), groups.get((name, ""))) for label in labels] for name in names]
+    found = [[[part for part in cell if part is not None] or [nothing] for cell in line] for line in parts]
+    return [[_worst(pandas.concat(cell)) for cell in line] for line in found]
+
+
+def _worst(rows: pandas.DataFrame) -> WorstCell:
+    wrong, right = rows[rows["status"] == "wrong"], rows[rows["status"] == "ok"]
+    failed = rows[~rows["status"].isin(["ok", "wrong", "unsupported"])]
+    if not wrong.empty:
+        ratio = wrong["error_ratio"].max(skipna=False)
+        return WorstCell("wrong", ratio if np.isfinite(ratio) else math.inf)
+    if not failed.empty:
+        return WorstCell("failed", right["error_ratio"].max(), failed["status"].iloc[-1])
+    if not right.empty:
+        return WorstCell("ok", right["error_ratio"].max())
+    return WorstCell("none" if rows.empty else "unsupported")
+
+
+def ratio_text(ratio: float) -> str:
+    """Two decimals, so that 1.01 is not 1; three digits from 10 on; empty where it is not a number."""
+    if not math.isfinite(ratio):
+        return ""
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.3g}"
+
+
+def _colour(cell: WorstCell) -> tuple[float, ...]:
+    if cell.kind == "wrong":
+        return COLOURS(NORM(min(max(cell.ratio, 1.001), 1e9)))
+    other = {"failed": AMBER, "unsupported": GREY, "none": (1.0, 1.0, 1.0, 1.0)}
+    return other[cell.kind] if cell.kind in other else COLOURS(NORM(cell.ratio))
+
+
+def _text(cell: WorstCell) -> str:
+    return {"wrong": ratio_text(cell.ratio) or "NaN", "failed": cell.status, "unsupported": "–"}.get(cell.kind, "")
 
 
 def _reasons(axes: Axes, table: pandas.DataFrame, names: list[str], width: int) -> None:

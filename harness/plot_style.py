@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas
 import seaborn
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
@@ -93,7 +94,7 @@ def heat(axes: Axes, colours: np.ndarray, texts: np.ndarray, names: list[str], l
     axes.grid(visible=False)
     for where, text in np.ndenumerate(texts):
         colour = "white" if colours[where][:3] @ (0.3, 0.6, 0.1) < 0.42 else "black"
-        style = {"ha": "center", "va": "center", "fontsize": 8.5, "color": colour}
+        style = {"ha": "center", "va": "center", "fontsize": 8.5 if len(labels) > 10 else 10, "color": colour}
         axes.text(where[1] + 0.5, where[0] + 0.5, text, **style).set_in_layout(False)  # inside: saves half the time
     axes.set_yticks(np.arange(len(names)) + 0.5, names)
     axes.set_xticks(np.arange(len(labels)) + 0.5, labels, rotation=40, ha="right", rotation_mode="anchor")
@@ -110,16 +111,24 @@ def colour_bar(figure: Figure, panels: Any, colours: Colormap, norm: LogNorm, ti
     return bar.ax
 
 
-def legend(figure: Figure, drawn: Iterable[str], all_styles: Styles) -> None:
-    """One legend for all axes, below them: the implementations that are drawn."""
-    handles = [Line2D([], [], label=key, markersize=7, **all_styles[key]) for key in sorted(drawn)]
+def legend(
+    figure: Figure, drawn: Iterable[str], all_styles: Styles, lines: bool = True, more: Iterable[Artist] = ()
+) -> None:
+    """One legend for all axes, below them: the implementations drawn, points without `lines`, and `more`."""
+    points = {} if lines else {"linestyle": "none"}
+    handles = [Line2D([], [], label=key, markersize=7, **all_styles[key] | points) for key in sorted(drawn)]
+    handles += more
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
 
 
 def plain_logs(axis: Axis) -> None:
-    """A log axis with 0.5, 1, 2, 5 and not powers of ten; thousands and millions as k and M."""
+    """A log axis with 0.5, 1, 2, 5 and not powers of ten; thousands and millions as k and M.
+
+    Over more than three decades 1 and 10 alone: the others would touch.
+    """
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    low, high = axis.get_data_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=8))
     axis.set_major_formatter(EngFormatter(sep="") if axis.get_data_interval()[1] >= 1000 else "{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

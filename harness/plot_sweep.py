@@ -14,7 +14,7 @@ from harness.plot_style import GREY, Styles, by_precision, colour_bar, grid, hea
 from harness.rows import SIZES
 
 SHAPE = [name for name in SIZES if name != "tokens"] + ["causal"]
-FASTER, NORM = seaborn.diverging_palette(20, 160, s=75, l=55, as_cmap=True), LogNorm(0.1, 10)
+FASTER, NORM = seaborn.diverging_palette(20, 160, s=75, l=55, as_cmap=True), LogNorm(1 / 30, 30)
 PASS_WORDS = {"forward": "forward", "backward": "backward", "forward_backward": "forward and backward"}
 
 
@@ -63,7 +63,7 @@ def _line(axes: Axes, line: pandas.DataFrame, style: dict[str, str], throughput:
 def speedup(table: pandas.DataFrame, baseline: str, path: Path, title: str) -> Path:
     """Implementation x case, the baseline's time over the time; a cell without one says why, or the milliseconds."""
     order = table.groupby("case", sort=False).ngroup()
-    table = table.assign(column=_column_labels(table), order=order).sort_values(["order", *SIZES])
+    table = table.assign(column=column_labels(table), order=order).sort_values(["order", *SIZES])
     names, labels, precisions = (
         sorted(table["implementation"].unique()),
         list(dict.fromkeys(table["column"])),
@@ -90,12 +90,12 @@ def speedup(table: pandas.DataFrame, baseline: str, path: Path, title: str) -> P
         colours[np.isnan(ratio)] = np.where((texts == "")[np.isnan(ratio), None], (1, 1, 1, 1), GREY)
         heat(axes, colours, texts, names, labels)
         axes.set_title(precision, loc="left", fontsize=11, fontweight="bold")
-    ticks = {0.1: "10× slower", 0.3: "3× slower", 1: "as fast", 3: "3× faster", 10: "10× faster"}
+    ticks = {1 / 30: "30× slower", 1 / 5: "5× slower", 1: "as fast", 5: "5× faster", 30: "30× faster"}
     colour_bar(figure, panels, FASTER, NORM, ticks).set_xlabel(f"time of {baseline} / time")
     return save(figure, path, title, cpu=table["device"].eq("cpu").any())
 
 
-def _column_labels(table: pandas.DataFrame) -> pandas.Series:
+def column_labels(table: pandas.DataFrame) -> pandas.Series:
     """The case, and whatever of its sizes it was run at more than one of: no two cells share a label."""
     letters = {"batch": "B", "tokens": "T", "heads": "H", "head_dim": "D", "mini_batch": "M"}
     letters |= {"causal": "causal", "device": "device"}
@@ -119,7 +119,7 @@ def error_against_time(table: pandas.DataFrame, all_styles: Styles, path: Path, 
             for key, points in cell.groupby("implementation"):
                 style = all_styles[key] | {"linestyle": "none"}
                 ratio = points["error_ratio"].clip(lower=1e-4)
-                axes.plot(points["device_ms"], ratio, markersize=6, markeredgecolor="white", alpha=0.85, **style)
+                axes.plot(points["device_ms"], ratio, markersize=8, markeredgecolor="white", alpha=0.85, **style)
             axes.axhline(1, color="#c0392b", linewidth=1.5)
             axes.set_title(f"{inner_model}, {PASS_WORDS[pass_]}", fontsize=10)
             plain_logs(axes.xaxis)
@@ -129,5 +129,5 @@ def error_against_time(table: pandas.DataFrame, all_styles: Styles, path: Path, 
     for axes in panels[-1]:
         axes.set_xlabel("time (ms)")
     panels[0, 0].text(0.02, 1.15, "limit", transform=panels[0, 0].get_yaxis_transform(), va="bottom", color="#c0392b")
-    legend(figure, timed["implementation"].unique(), all_styles)
+    legend(figure, timed["implementation"].unique(), all_styles, lines=False)
     return save(figure, path, title, cpu=table["device"].eq("cpu").any())

@@ -1,0 +1,136 @@
+"""`python -m harness report`: a results folder as one HTML page that needs nothing else, not even a network.
+
+The page is made from the folder's CSV files, its JSON files and the plots drawn from them, and holds no clock of its
+own: the same folder gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from harness import environment, plots, records
+from harness import report_view as view
+from harness.figures import pictures
+from harness.leaderboard import leaderboard
+from harness.parity_view import matrices, worst_first
+from harness.rows import ParityRow, Row, SweepRow, latest
+
+NAME, BASELINE = "index.html", "torch.eager"
+
+
+def add_parser(commands: Any) -> None:
+    """Add `report` to the commands of `python -m harness`."""
+    command = commands.add_parser("report", help="render result folders to HTML pages")
+    command.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="default: every one in results/")
+    command.add_argument("--baseline", default=BASELINE, metavar="KEY", help="what speed-ups are relative to at first")
+    command.set_defaults(command=_report)
+
+
+def write(folder: str | Path, baseline: str = BASELINE) -> Path:
+    """Render the folder's files as they are, plots included, to its `index.html`.
+
+    Where nothing of `baseline` was timed, the first implementation by name takes its place.
+
+    Raises:
+        ValueError: it has neither `parity.csv` nor `sweep.csv`, or a file that cannot be read.
+    """
+    folder = Path(folder)
+    path = folder / NAME
+    path.write_text(_render(folder, baseline), encoding="utf-8", newline="\n")
+    return path
+
+
+def _report(options: argparse.Namespace) -> int:
+    for folder in options.folders or _all_folders():
+        _require_results(folder)
+        if _rows(folder / "parity.csv", ParityRow):
+            plots.parity_plots(folder)  # drawn again, so that they cannot be older than the rows
+        if _rows(folder / "sweep.csv", SweepRow):
+            plots.sweep_plots(folder, options.baseline)
+        print(write(folder, options.baseline))
+    return 0
+
+
+def _all_folders() -> list[Path]:
+    results = environment.ROOT / "results"
+    found = sorted({path.parent for name in ("parity.csv", "sweep.csv") for path in results.glob(f"*/{name}")})
+    if not found:
+        raise ValueError(f"{results}: expected folders with parity.csv or sweep.csv, found none")
+    return found
+
+
+def _require_results(folder: Path) -> None:
+    if not any((folder / name).exists() for name in ("parity.csv", "sweep.csv")):
+        raise ValueError(f"{folder}: expected parity.csv or sweep.csv in it, found neither")
+
+
+def _render(folder: Path, baseline: str) -> str:
+    _require_results(folder)
+    parity, sweep = _rows(folder / "parity.csv", ParityRow), _rows(folder / "sweep.csv", SweepRow)
+    machine, ceilings = _json(folder / "environment.json"), _json(folder / "ceilings.json")
+    timed = sorted({row.implementation for row in sweep if row.status == "ok"})
+    baseline = baseline if baseline in timed or not timed else timed[0]
+    cells = leaderboard(sweep, baseline)
+    parity = worst_first(parity)
+    everything: list[view.AnyRow] = [*parity, *sweep]
+    jinja = Environment(
+        loader=PackageLoader("harness"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    jinja.filters.update(number=view.number, dash=view.dash, kernels=view.kernels)
+    return jinja.get_template("report.html").render(
+        # Raw: neither is HTML, and neither holds data.
+        style=Markup(_source(jinja, "report.css")),
+        script=Markup(_source(jinja, "report.js")),
+        name=folder.resolve().name,
+        machine=machine,
+        command=view.command_line(machine),
+        flat_machine=view.flat(machine),
+        ceilings=view.flat(ceilings),
+        run=view.run_facts(everything),
+        summary=[view.summary("parity", "tensors", parity), view.summary("sweep", "timings", sweep)],
+        cpu=any(row.device == "cpu" and row.status == "ok" for row in sweep),
+        columns=view.COLUMNS,
+        cells=cells,
+        timed=timed,
+        baseline=baseline,
+        timers=[(name, view.TIMERS.get(name, "")) for name in sorted({row.timer for row in sweep if row.timer})],
+        axes=view.sweep_axes(cells),
+        matrices=matrices(folder) if parity else [],
+        parity_axes=view.parity_axes(parity),
+        pictures=pictures(folder),
+        failures=[view.failure(row) for row in everything if row.status not in ("ok", "unsupported")],
+        unsupported=view.unsupported(everything),
+        data={"sweep": view.sweep_data(cells), "parity": [view.parity_texts(row) for row in parity]},
+    )
+
+
+def _rows(path: Path, kind: type[Row]) -> list[Row]:
+    return latest(records.load(path, kind)) if path.exists() else []
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _source(jinja: Environment, name: str) -> str:
+    assert jinja.loader is not None
+    return jinja.loader.get_source(jinja, name)[0]
