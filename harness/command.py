@@ -173,7 +173,7 @@ def _proof(options: argparse.Namespace) -> int:
     if pairs:
         console.print(summary.pairs_table(pairs))
         console.print(f"  {folder / proof_pairs.FILE}", highlight=False, soft_wrap=True)
-    return 0 if proofs and all(one.right for one in (*proofs, *pairs)) else 1
+    return 0 if proofs and all(one.right for one in proofs) and all(pair.right for pair in pairs) else 1
 
 
 def _cells(options: argparse.Namespace, passes: list[str] | None = None) -> list[grid.Cell]:
@@ -236,7 +236,7 @@ def _integers(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness", description="TTT Lab: are kernels right, how fast?")
-    commands = parser.add_subparsers(required=True, metavar="parity | sweep | compare | report | static | doctor | proof")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--implementations", type=_names, metavar="A,B", help="keys or folders: torch.eager,jax")
     common.add_argument("--cases", type=_names, metavar="A,B", help="case names or group:small|size|stress|named")

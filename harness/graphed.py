@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
 
-from implementations.torch import ttt_linear, ttt_mlp
+from harness.spin import spin
 from spec.problem import Problem
 
-PAGES = {"linear": ttt_linear, "mlp": ttt_mlp}
 SLOWDOWN = 0.05
 _graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
 
@@ -32,7 +32,7 @@ forward_slow = functools.partial(forward, slowdown=SLOWDOWN)
 
 
 def _capture(inputs: Any, problem: Problem, spin_ns: int) -> tuple[torch.cuda.CUDAGraph, Any]:
-    page, graph = PAGES[problem.inner_model], torch.cuda.CUDAGraph()
+    page, graph = importlib.import_module(f"implementations.torch.ttt_{problem.inner_model}"), torch.cuda.CUDAGraph()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         page.forward(inputs, problem)
@@ -45,8 +45,6 @@ def _capture(inputs: Any, problem: Problem, spin_ns: int) -> tuple[torch.cuda.CU
 
 
 def _spin(ns: int) -> None:
-    from harness.spin import spin
-
     if ns:
         spin(ns)
 

@@ -67,9 +67,9 @@ def run(numbers: Iterable[int], settings: Settings) -> Iterator[Pair]:
     for number in numbers:
         with tempfile.TemporaryDirectory(prefix="ttt-lab-pairs-") as scratch:
             folders = {name: records.results_folder(Path(scratch) / name) for name in _PAGES}
-            for row in checked:
-                if (name := row.implementation.partition(".")[2]) in folders:
-                    records.append(folders[name] / "parity.csv", [replace(row, implementation=KEY)])
+            for check in checked:
+                if (name := check.implementation.partition(".")[2]) in folders:
+                    records.append(folders[name] / "parity.csv", [replace(check, implementation=KEY)])
             for row, samples in sweep.run(cells, latest(checked), sweep.Protocol(PROCESSES, ("warm",)), settings):
                 name = row.implementation.partition(".")[2]
                 if row.status != "ok":
@@ -99,7 +99,7 @@ def noise_floor(pairs: Iterable[Pair]) -> float:
 
 def _cells() -> Iterator[Cell]:
     for inner_model in ("linear", "mlp"):
-        problem = CASES[CASE].problem(inner_model, "bf16", "ieee")  # type: ignore[arg-type]
+        problem = CASES[CASE].problem(inner_model, "bf16", "ieee")
         for name, page in _PAGES.items():
             entry = Implementation(
                 f"proof.{name}", "torch", {inner_model: page}, passes=("forward",), devices=("cuda",)

@@ -29,7 +29,7 @@ from harness.ceilings import Ceilings
 from harness.environment import Stamp
 from harness.grid import Cell
 from harness.parity import Settings, cell_columns
-from harness.rows import AnyRow, ParityRow, Row, SampleRow, SweepRow
+from harness.rows import ParityRow, Row, SampleRow, SweepRow
 from harness.timing import Block, Cache, Ready, Subject, percentiles
 from harness.worker import Failure, Worker
 from implementations.registry import Device
@@ -357,7 +357,7 @@ def _cell_key_of(cell: Cell, stamp: Stamp) -> tuple[Any, ...]:
     return (*_place_of(cell, stamp.device), cell.entry.source_hash())
 
 
-def _place(row: AnyRow) -> tuple[Any, ...]:
+def _place(row: Any) -> tuple[Any, ...]:
     return (*(getattr(row, name) for name in _KEY), row.device)
 
 
