@@ -165,6 +165,8 @@ def test_a_cell_whose_check_fails_as_a_whole_has_no_missing_tensors(both):
     found = both({"parity": [*rows, crash]}, {"parity": rows})
     assert kinds(found) == [("fixed", ("out", "d_xq"))] and found.exit_code == 0
     assert not both({"parity": [crash]}, {"parity": [crash]}).findings
+    mended = [parity_row(**CUDA, run_id="r3", started_at="2026-01-03T00:00:00Z")]
+    assert kinds(both({"parity": rows[:1]}, {"parity": [*mended, crash]})) == []
 
 
 def test_wrong_in_head(both):
@@ -377,6 +379,7 @@ def test_pytest_benchmark_files(tmp_path):
     found = compare(one, benchmark_file(tmp_path / "two.json", rows, head), Settings())
     assert found.exit_code == 0 and [timing.base.case for timing in found.of("suspect")] == ["case-3"]
     assert found.of("suspect")[0].ratio == pytest.approx(1.4, rel=0.02)
+    assert found.of("suspect")[0].base_ms == pytest.approx(1, rel=0.02)
     assert any("never a regression" in text for text in found.labels)
 
     assert compare(one, benchmark_file(tmp_path / "two.json", rows[1:], head), Settings()).exit_code == 12
