@@ -110,7 +110,7 @@ def compare(base: str, head: str, settings: Settings, extras: Iterable[Extra] = 
             _add_device(found, where, one, other)
             if one.folder and other.folder:
                 found.sections += chain.from_iterable(extra(one.folder, other.folder) for extra in extras)
-    if not found.matched:
+    if not found.matched and not found.sections:
         found.damage.append("no cell is on both sides: nothing was compared")
     found.timings = judge(found.timings, settings.threshold)
     found.noise_floor = noise_floor(found.timings)

@@ -61,11 +61,12 @@ def add_parser(commands: Any) -> None:
 def _compare(options: argparse.Namespace) -> int:
     from harness.compare import Settings, compare  # pandas and SciPy: only for those who compare
     from harness.compare_markdown import error_markdown, markdown
+    from harness.static_compare import sections
 
     console = Console()
     settings = Settings(options.threshold, options.error_ratio_factor, options.across_devices)
     try:
-        found = compare(options.base, options.head, settings)
+        found = compare(options.base, options.head, settings, [sections])
     except (ValueError, OSError) as error:
         console.print(f"harness error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         content = {"verdict": "error", "exit_code": EXIT_CODES["error"], "failures": ["error"], "error": str(error)}

@@ -23,7 +23,7 @@ from harness import records
 from harness.rows import ParityRow, Row, SampleRow, SweepRow, columns, from_texts, key, latest, to_texts
 
 Key = tuple[Any, ...]
-TABLES = "parity.csv", "sweep.csv"
+TABLES = "parity.csv", "sweep.csv", "static.csv"
 BENCHMARK_ROWS = "ttt_lab_rows"  # in a pytest-benchmark file: the cells that have no time, and why
 
 
@@ -120,7 +120,7 @@ def _open(text: str, kind: str, scratch: Path) -> dict[str, Side]:
         path, prefix = _extract(text, scratch / "tree"), f"{text}:results"
     found = [child for child in sorted(path.iterdir()) if any((child / name).exists() for name in TABLES)]
     if not found:
-        raise ValueError(f"{prefix}: expected {' or '.join(TABLES)} in it or in its folders, got neither")
+        raise ValueError(f"{prefix}: expected {', '.join(TABLES)} in it or in its folders, got none of them")
     return {child.name: _read_folder(child, f"{prefix}/{child.name}", scratch / child.name) for child in found}
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from harness import static_rows
+from harness.compare import Section
 from harness.rows import key
 from harness.static_rows import StaticRow
 
@@ -24,26 +25,18 @@ class Finding:
     text: str
 
 
-class Section(NamedTuple):
-    """A part of the comparison's report; `severity` is that of the worst finding."""
-
-    severity: Severity
-    title: str
-    lines: list[str]
-
-
-def section(base: Path, head: Path) -> Section:
-    """The static reports of two results folders, compared.
+def sections(base: Path, head: Path) -> Iterator[Section]:
+    """What `compare` has to add for the static reports of two results folders; nothing where neither has one.
 
     Raises:
         ValueError: a report cannot be read.
     """
+    if not any((folder / static_rows.FILE).exists() for folder in (base, head)):
+        return
     found = differences(base, head)
-    title = "Static kernel report"
-    if not found:
-        return Section("info", title, ["No kernel changed."])
-    worst = min((finding.severity for finding in found), key=SEVERITIES.index)
-    return Section(worst, title, list(_markdown(found)))
+    fails = any(finding.severity == "failure" for finding in found)
+    lines = list(_markdown(found)) or ["No kernel changed."]
+    yield Section("performance" if fails else "note", "Static kernel report", lines)
 
 
 def differences(base: Path, head: Path) -> list[Finding]:

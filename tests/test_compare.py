@@ -309,7 +309,7 @@ def test_what_is_no_side_is_an_error(tmp_path, capsys, text):
     assert f"expected a results folder, a pytest-benchmark JSON file or a git revision, got {text!r}" in said
     (tmp_path / "empty").mkdir()
     assert run(side, str(tmp_path / "empty")) == 13
-    assert "expected parity.csv or sweep.csv in it or in its folders" in capsys.readouterr().out
+    assert "expected parity.csv, sweep.csv, static.csv in it or in its folders" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", [["--threshold", "0"], ["--threshold", "x"], ["--error-ratio-factor", "1"]])

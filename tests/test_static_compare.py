@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from harness import static_rows
-from harness.static_compare import LINES_SHOWN, differences, section
+from harness.command import main
+from harness.compare import Section
+from harness.static_compare import LINES_SHOWN, differences, sections
 from harness.static_rows import StaticRow
 
 ROW = StaticRow(
@@ -70,7 +72,8 @@ def test_rows_survive_the_file(tmp_path):
 
 def test_nothing_changed(compare, tmp_path):
     assert compare([ROW], [replace(ROW, git_sha="c", source_hash="d")]) == []
-    assert section(tmp_path / "base", tmp_path / "head") == ("info", "Static kernel report", ["No kernel changed."])
+    (found,) = sections(tmp_path / "base", tmp_path / "head")
+    assert found == Section("note", "Static kernel report", ["No kernel changed."])
 
 
 @pytest.mark.parametrize(
@@ -110,8 +113,8 @@ def test_spill_that_was_there(compare):
 def test_vanished_kernel(compare, tmp_path):
     ((severity, text),) = compare([ROW, BACKWARD], [ROW])
     assert severity == "failure" and "backward" in text and "vanished" in text
-    found = section(tmp_path / "base", tmp_path / "head")
-    assert found.severity == "failure" and found.lines == [f"- ❌ {text}"]
+    (found,) = sections(tmp_path / "base", tmp_path / "head")
+    assert found.severity == "performance" and found.lines == [f"- ❌ {text}"]
 
 
 def test_every_kernel_vanished(compare):
@@ -139,15 +142,31 @@ def test_first_report(compare):
     assert severities == ["failure", "info"]
 
 
-def test_neither(compare):
+def test_neither(compare, tmp_path):
     assert compare(None, None) == []
+    assert not list(sections(tmp_path / "base", tmp_path / "head"))
+
+
+def test_a_planted_spill_turns_the_whole_comparison_red(compare, tmp_path):
+    command = ["compare", str(tmp_path / "base"), str(tmp_path / "head"), "--markdown", str(tmp_path / "c.md")]
+    compare([ROW], [replace(ROW, registers=126)])
+    assert main(command) == 0
+    compare([ROW], [replace(ROW, spill_store_bytes=64)])
+    assert main(command) == 11 and "spills 0 → 64 bytes a thread" in (tmp_path / "c.md").read_text()
+    compare([ROW, BACKWARD], [ROW])
+    assert main(command) == 11 and "vanished" in (tmp_path / "c.md").read_text()
+    for name in ("base", "head"):  # as `results/`, beside other devices
+        (tmp_path / f"{name}-all").mkdir()
+        (tmp_path / name).rename(tmp_path / f"{name}-all" / "static")
+    command[1:3] = [str(tmp_path / "base-all"), str(tmp_path / "head-all")]
+    assert main(command) == 11
 
 
 def test_worst_first_and_short(compare, tmp_path):
     many = [replace(ROW, kernel=f"kernel_{number}") for number in range(LINES_SHOWN + 5)]
     compare([*many, ROW], [replace(ROW, registers=120)])
-    found = section(tmp_path / "base", tmp_path / "head")
-    assert found.severity == "failure" and len(found.lines) == LINES_SHOWN + 2
+    (found,) = sections(tmp_path / "base", tmp_path / "head")
+    assert found.severity == "performance" and len(found.lines) == LINES_SHOWN + 2
     assert found.lines[LINES_SHOWN] == "- ... and 5 more of severity failure" and "registers" in found.lines[-1]
 
 
@@ -155,4 +174,4 @@ def test_foreign_file(compare, tmp_path):
     compare([ROW], [ROW])
     (tmp_path / "base" / "static.csv").write_text("implementation,kernel\na,b\n")
     with pytest.raises(ValueError, match=r"static\.csv: columns missing"):
-        section(tmp_path / "base", tmp_path / "head")
+        list(sections(tmp_path / "base", tmp_path / "head"))
