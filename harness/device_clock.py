@@ -50,12 +50,18 @@ class Clock(Protocol):
         """
 
 
-def open_clock(framework: Framework) -> Clock:
-    """The best clock for `framework` on its device in this process."""
+def open_clock(framework: Framework, call: Callable[[], Any] | None = None) -> Clock:
+    """The best clock for `framework` on its device in this process, and for `call` if it is one that CUPTI cannot see.
+
+    Seen on an H100: a CUDA graph that was instantiated before recording began gives records without times.
+    """
     if framework.device == "cpu":
         return HostClock(framework)
     try:
-        return CuptiClock(framework)
+        clock = CuptiClock(framework)
+        if call is not None:
+            clock.time([call])
+        return clock
     except (ImportError, RuntimeError, OSError):
         return EventClock(framework) if framework.name == "torch" else HostClock(framework)
 
@@ -181,7 +187,8 @@ class _Recorder:
         for operation in found:
             number = bisect.bisect_right(starts, operation.start) - 1
             if number < 0 or operation.end > ends[number]:
-                raise RuntimeError(f"{operation.name} ran outside the call that was timed")
+                away = starts[0] - operation.start if number < 0 else operation.end - ends[number]
+                raise RuntimeError(f"{_short(operation.name)} ran {away / 1e3:g} us outside the call that was timed")
             of_calls[number].append(operation)
         return of_calls
 

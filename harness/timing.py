@@ -63,7 +63,6 @@ class Stand:
     def __init__(self, subject: Subject, framework: Framework):
         self.subject = subject
         self._framework = framework
-        self._clock = open_clock(framework)
         self._page = subject.entry.page(subject.problem)
         inputs, cotangents = draw(subject.case, subject.problem, subject.seed)
         one_set = sum(x.nbytes for x in inputs)
@@ -95,6 +94,7 @@ class Stand:
         first = self._first_s.get(pass_) or self._first_s["forward"] + self._first_s["backward"]
         for _ in range(WARM_UP_CALLS):
             seconds = self._host_s(self._calls[0])
+        self._clock = open_clock(framework, self._calls[0])
         before = framework.allocated_bytes()
         framework.reset_peak_memory()
         seconds = self._host_s(self._calls[0])

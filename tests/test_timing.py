@@ -108,7 +108,7 @@ def test_a_kernel_outside_every_call_and_a_call_without_one_are_errors(cupti):
         cupti.launch(10, 10)
         cupti.records.append(types.SimpleNamespace(kind=10, start=cupti.now + 5, end=cupti.now + 10**9, name="late"))
 
-    with pytest.raises(RuntimeError, match="late ran outside the call that was timed"):
+    with pytest.raises(RuntimeError, match="late ran .* us outside the call that was timed"):
         clock.time([late])
     with pytest.raises(RuntimeError, match="a call ran nothing on the device"):
         clock.time([lambda: cupti.launch(1, 1), lambda: None])
