@@ -50,20 +50,37 @@ class Clock(Protocol):
         """
 
 
-def open_clock(framework: Framework, call: Callable[[], Any] | None = None) -> Clock:
-    """The best clock for `framework` on its device in this process, and for `call` if it is one that CUPTI cannot see.
-
-    Seen on an H100: a CUDA graph that was instantiated before recording began gives records without times.
-    """
+def open_clock(framework: Framework) -> Clock:
+    """The best clock for `framework` on its device in this process."""
     if framework.device == "cpu":
         return HostClock(framework)
     try:
-        clock = CuptiClock(framework)
-        if call is not None:
-            clock.time([call])
-        return clock
+        return CuptiClock(framework)
     except (ImportError, RuntimeError, OSError):
         return EventClock(framework) if framework.name == "torch" else HostClock(framework)
+
+
+def clock_for(framework: Framework, call: Callable[[], Any], host_ms: float) -> tuple[Clock, Times]:
+    """The best clock for `call`, and what it says of one; `host_ms` is what a call takes by the host.
+
+    A call cannot take longer on the device than on the host, which waits for it. Where it seems to, recording is in
+    the way: the call waits for its launches, and the host's clock tells what it takes.
+    """
+    if framework.device == "cpu":
+        return HostClock(framework), Times([host_ms])
+    clock = open_clock(framework)
+    try:
+        trial = clock.time([call])
+    except RuntimeError:  # seen on an H100: a CUDA graph of thousands of kernels
+        clock = clock_named("cuda_events" if framework.name == "torch" else "host_sync", framework)
+        return clock, clock.time([call])
+    return (HostClock(framework) if trial.ms[0] >= host_ms else clock), trial
+
+
+def clock_named(name: str, framework: Framework) -> Clock:
+    """The clock whose `timer` is `name`."""
+    kinds: tuple[Callable[[Framework], Clock], ...] = (CuptiClock, EventClock, HostClock)
+    return next(kind for kind in kinds if kind.name == name)(framework)  # type: ignore[attr-defined]
 
 
 class HostClock:

@@ -62,9 +62,9 @@ def place(subject: Subject) -> None:
     _stand_of(subject)
 
 
-def ready(subject: Subject, pass_: Pass) -> Ready:
-    """Get a pass ready to be timed."""
-    return _stand_of(subject).ready(pass_)
+def ready(subject: Subject, pass_: Pass, timer: str | None = None) -> Ready:
+    """Get a pass ready to be timed, by the clock of that name if one is given."""
+    return _stand_of(subject).ready(pass_, timer)
 
 
 def settle(subject: Subject, pass_: Pass) -> None:

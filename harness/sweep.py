@@ -26,6 +26,7 @@ from typing import Any
 
 from harness import ceilings, jobs
 from harness.ceilings import Ceilings
+from harness.device_clock import CuptiClock
 from harness.environment import Stamp
 from harness.grid import Cell
 from harness.parity import Settings, cell_columns
@@ -40,6 +41,7 @@ ROUNDS = (2, 5)  # at least, at most: fewer of what is slow
 PROCESS_SECONDS = 2.0  # for all of a process's rounds, if that is more than the fewest
 BLOCK_SECONDS = 0.05
 BLOCK_CALLS = 20
+BLOCK_LAUNCHES = 3000  # cupti-python makes an object of each, in a tenth of a millisecond
 # Not `unsupported`: what was missing may have been installed since.
 _FINAL = ("ok", "wrong", "oom", "timeout", "crash", "error")
 
@@ -153,6 +155,12 @@ class _Subject:
         except Failure as failure:
             self.failure = failure
 
+    def get_ready(self, process: int, pass_: Pass) -> None:
+        """Get a pass ready in one process, by the same clock as in the first."""
+        timer = self.ready[0].timer if self.ready else None
+        if ready := self.call(process, jobs.ready, pass_, timer):
+            self.ready.append(ready)
+
     def clear(self) -> None:
         """Give the device's memory back; a process that cannot is ended."""
         for worker in self.workers:
@@ -210,8 +218,7 @@ class _Bench:
         with ThreadPoolExecutor(max(len(turns), 1)) as pool:
             list(pool.map(lambda turn: turn[1].place(turn[0]), turns))
         for process, subject in turns:
-            if ready := subject.call(process, jobs.ready, pass_):
-                subject.ready.append(ready)
+            subject.get_ready(process, pass_)
         for subject in subjects[:1]:
             subject.call(0, jobs.settle, pass_)
         for cache, round_ in itertools.product(self._protocol.caches, range(ROUNDS[1])):
@@ -225,9 +232,8 @@ class _Bench:
             worker.stop()
         subject = self._subject(cell)
         for process in range(self._protocol.processes):
-            if ready := subject.call(process, jobs.ready, pass_):
-                subject.ready.append(ready)
-                subject.call(process, jobs.settle, pass_)
+            subject.get_ready(process, pass_)
+            subject.call(process, jobs.settle, pass_)
             for cache, round_ in itertools.product(self._protocol.caches, range(ROUNDS[1])):
                 _block(subject, process, round_, pass_, cache)
             subject.workers[process].stop()
@@ -240,8 +246,10 @@ class _Bench:
 def _block(subject: _Subject, process: int, round_: int, pass_: Pass, cache: Cache) -> None:
     if subject.failure or cache in subject.refused:
         return
-    seconds = subject.ready[process].call_ms / 1e3
-    calls = min(max(int(BLOCK_SECONDS / seconds), 1), BLOCK_CALLS)
+    ready = subject.ready[process]
+    seconds, recorded = ready.call_ms / 1e3, ready.trial.launches if ready.timer == CuptiClock.name else None
+    calls = min(int(BLOCK_SECONDS / seconds), BLOCK_CALLS, BLOCK_LAUNCHES // (recorded or 1))
+    calls = max(calls, 1)
     if round_ >= max(ROUNDS[0], PROCESS_SECONDS / ((2 * calls + 1) * seconds)):  # on the device, on the host, uncounted
         return
     block = subject.call(process, jobs.block, pass_, cache, calls)
@@ -257,10 +265,8 @@ def _result(subject: _Subject, blank: SweepRow, cache: Cache) -> tuple[SweepRow,
         return _failed(blank, failure, cache), []
     on_device = [ms for _, _, block in blocks for ms in block.device.ms]
     on_host = [ms for _, _, block in blocks for ms in block.host_ms]
-    first, last = subject.ready[0], blocks[-1][2]
-    # A call cannot take longer on the device than on the host, which waits for it: then recording was in its way.
-    in_the_way = statistics.median(on_host) < statistics.median(on_device)
-    p20, median, p80 = percentiles(on_host if in_the_way else on_device)
+    first = subject.ready[0]
+    p20, median, p80 = percentiles(on_device)
     states = [block.state for _, _, block in blocks if block.state]
     throttles = sorted({reason for state in states for reason in state.throttles})
     row = replace(
@@ -274,11 +280,11 @@ def _result(subject: _Subject, blank: SweepRow, cache: Cache) -> tuple[SweepRow,
         host_ms=statistics.median(on_host),
         first_call_s=first.first_call_s,
         samples=len(on_device),
-        timer="host_sync" if in_the_way else first.timer,
+        timer=first.timer,
         peak_memory_bytes=first.peak_memory_bytes,
         roofline_fraction=blank.roofline_ms / median if blank.roofline_ms else None,
-        launches=last.device.launches,
-        kernels=last.device.kernels,
+        launches=first.trial.launches,
+        kernels=first.trial.kernels,
         sm_clock_mhz=statistics.median(state.sm_clock_mhz for state in states) if states else None,
         power_w=statistics.median(state.power_w for state in states) if states else None,
         throttled=bool(throttles) if states else None,
@@ -290,7 +296,7 @@ def _result(subject: _Subject, blank: SweepRow, cache: Cache) -> tuple[SweepRow,
             **{name: getattr(row, name) for name in ("run_id", *SampleRow.KEY)},
             process=process,
             block=round_,
-            device_ms=host_ms if in_the_way else device_ms,
+            device_ms=device_ms,
             host_ms=host_ms,
             sm_clock_mhz=block.state.sm_clock_mhz if block.state else None,
         )

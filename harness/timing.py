@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from harness import gpu_state
-from harness.device_clock import HostClock, Times, open_clock
+from harness.device_clock import Clock, HostClock, Times, clock_for, clock_named
 from harness.frameworks import Framework, Unsupported
 from harness.gpu_state import GpuState
 from implementations.registry import Device, Implementation
@@ -41,11 +41,18 @@ class Subject:
 
 
 class Ready(NamedTuple):
-    """A pass that can be timed. `first_call_s`: compilation and autotuning in it; `call_ms`: roughly, by the host."""
+    """A pass that can be timed.
+
+    Attributes:
+        first_call_s: of the first call, seconds, compilation and autotuning in it.
+        call_ms: of one call, roughly, by the host.
+        trial: one call by the clock that is used: how many kernels, and which.
+    """
 
     first_call_s: float
     call_ms: float
     timer: str
+    trial: Times
     peak_memory_bytes: int | None
 
 
@@ -75,11 +82,12 @@ class Stand:
         self._cotangents = [framework.arrays(cotangents, strided) for _ in range(count)]
         self._first_s: dict[str, float] = {}
         self._pass: Pass | None = None
+        self._clock: Clock = HostClock(framework)
         self._calls: list[Callable[[], Any]] = []
         self._next = 0
 
-    def ready(self, pass_: Pass) -> Ready:
-        """Make the calls of a pass, and make the first ones."""
+    def ready(self, pass_: Pass, timer: str | None = None) -> Ready:
+        """Make the calls of a pass, and make the first ones; `timer` names the clock where it is settled."""
         self._calls, self._pass, self._next = [], None, 0
         framework, page, problem = self._framework, self._page, self.subject.problem
         if "forward" not in self._first_s:
@@ -94,7 +102,9 @@ class Stand:
         first = self._first_s.get(pass_) or self._first_s["forward"] + self._first_s["backward"]
         for _ in range(WARM_UP_CALLS):
             seconds = self._host_s(self._calls[0])
-        self._clock = open_clock(framework, self._calls[0])
+        self._clock, trial = clock_for(framework, self._calls[0], seconds * 1e3)
+        if timer and timer != self._clock.name:
+            self._clock = clock_named(timer, framework)
         before = framework.allocated_bytes()
         framework.reset_peak_memory()
         seconds = self._host_s(self._calls[0])
@@ -102,7 +112,7 @@ class Stand:
         if peak is not None and before is not None and self._empty_bytes is not None:
             peak += (before - self._empty_bytes) // len(self._calls) - before  # what one set of inputs takes, not all
         self._pass = pass_
-        return Ready(first, seconds * 1e3, self._clock.name, peak)
+        return Ready(first, seconds * 1e3, self._clock.name, trial, peak)
 
     def settle(self, pass_: Pass) -> None:
         """Call until the GPU's clock has stopped to rise or fall, for `SETTLE_SECONDS` at most."""

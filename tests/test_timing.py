@@ -7,6 +7,7 @@ import sys
 import time
 import types
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 
@@ -184,7 +185,7 @@ class Cell:
     failure, refused = None, {}
 
     def __init__(self, blocks):
-        self.blocks, self.ready = {"cold": blocks}, [Ready(1.5, 2.0, "cupti", 100)]
+        self.blocks, self.ready = {"cold": blocks}, [Ready(1.5, 2.0, "cupti", Times([1.0], 7, "7 x k"), 100)]
 
 
 BLANK = replace(sweep_row(), status="error", reason="not measured", device_ms=None, roofline_ms=0.5)
@@ -207,10 +208,42 @@ def test_a_row_is_the_median_of_all_blocks_and_keeps_every_sample():
     assert all(isinstance(s, SampleRow) and s.cache == "cold" for s in samples)
 
 
-def test_recording_that_was_in_the_way_gives_way_to_the_hosts_clock():
-    row, samples = sweep._result(Cell([(0, 0, Block(Times([9.0, 9.5], 2, "k"), [6.0, 6.5], None))]), BLANK, "cold")
-    assert (row.timer, row.device_ms, row.host_ms) == ("host_sync", 6.25, 6.25) and row.throttled is None
-    assert [s.device_ms for s in samples] == [6.0, 6.5]
+def test_recording_that_is_in_the_way_gives_way_to_the_hosts_clock(cupti):
+    def call():
+        cupti.launch(1000, 2_000_000)
+
+    framework = FakeFramework(cupti)
+    clock, trial = device_clock.clock_for(framework, call, host_ms=2.1)
+    assert (clock.name, trial.ms, trial.launches) == ("cupti", [2.0], 1)
+    clock, trial = device_clock.clock_for(framework, call, host_ms=1.5)
+    assert (clock.name, trial.ms, trial.kernels) == ("host_sync", [2.0], "1 x kernel")
+    clock, trial = device_clock.clock_for(framework, lambda: time.sleep(0.01), host_ms=10.0)  # nothing CUPTI can see
+    assert clock.name == "host_sync" and trial.ms[0] >= 10 and trial.launches is None
+
+
+def test_every_process_takes_the_clock_of_the_first(cupti):
+    framework = open_framework("torch", "cpu")
+    assert [device_clock.clock_named(name, framework).name for name in ("host_sync",)] == ["host_sync"]
+    assert device_clock.clock_named("cupti", FakeFramework(cupti)).name == "cupti"
+
+
+@pytest.mark.parametrize(
+    ("call_ms", "launches", "calls"), [(1.0, 1, 20), (10.0, 1, 5), (1.0, 1000, 3), (900.0, 9999, 1)]
+)
+def test_blocks_are_short_and_of_few_launches(call_ms, launches, calls):
+    class Recorder(Cell):
+        asked: ClassVar[list] = []
+
+        def call(self, process, job, pass_, cache, count):
+            self.asked.append(count)
+
+    subject = Recorder([])
+    subject.asked.clear()
+    subject.ready = [Ready(1.0, call_ms, "cupti", Times([1.0], launches, ""), None)]
+    for round_ in range(sweep.ROUNDS[1]):
+        sweep._block(subject, 0, round_, "forward", "cold")
+    assert set(subject.asked) == {calls}
+    assert len(subject.asked) == (2 if call_ms > 100 else 5)
 
 
 def test_a_failure_has_no_time():
