@@ -93,6 +93,12 @@ def doctor(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="lab", reuse_venv=True)
+def proof(session: nox.Session) -> None:
+    """Hold the device timer and compare to what is known; on a GPU, with --no-venv."""
+    _run_in_lab(session, "harness", "proof")
+
+
+@nox.session(venv_backend="lab", reuse_venv=True)
 def static(session: nox.Session) -> None:
     """Compile every GPU kernel, without a GPU: registers, spills, instructions."""
     _run_in_lab(session, "harness", "static")
