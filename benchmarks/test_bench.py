@@ -48,6 +48,8 @@ def test_bench(
     """Time one pass of one cell; what cannot run is skipped with the reason, what is wrong fails without a time."""
     worst = max(checked[cell.entry.key, cell.case.name, cell.problem], key=_severity)
     status, reason = worst.status, worst.reason
+    if status == "ok" and (untimed_because := cell.entry.untimed(cell.problem, stamp.device)):
+        status, reason = "unsupported", untimed_because
     if status == "ok" and pass_ not in cell.entry.passes:
         status, reason = "unsupported", f"has no {pass_} pass"
     columns = _columns(cell, pass_, stamp, worst)

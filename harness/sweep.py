@@ -58,7 +58,7 @@ class Protocol:
 def unchecked(cells: Iterable[Cell], rows: Iterable[ParityRow], settings: Settings) -> list[Cell]:
     """The cells that can run and have no parity rows of this code on this machine and seed."""
     known = {_cell_key(row) for row in rows if row.seed == settings.seed and _is_current(row, settings.stamp)}
-    can_run = (cell for cell in cells if not cell.entry.unsupported(cell.problem, settings.stamp.device))
+    can_run = (cell for cell in cells if not cell.entry.untimed(cell.problem, settings.stamp.device))
     return [cell for cell in can_run if _cell_key_of(cell, settings.stamp) not in known]
 
 
@@ -333,7 +333,7 @@ def _blank(cell: Cell, pass_: Pass, checked: list[ParityRow], stamp: Stamp, limi
 
 def _obstacle(cell: Cell, pass_: Pass, checked: list[ParityRow], device: Device) -> Failure | None:
     """Why this pass is not to be timed."""
-    if reason := cell.entry.unsupported(cell.problem, device):
+    if reason := cell.entry.untimed(cell.problem, device):
         return Failure("unsupported", reason)
     if pass_ not in cell.entry.passes:
         return Failure("unsupported", f"has no {pass_} pass")

@@ -42,6 +42,7 @@ class Implementation:
         pages: for each inner model, the module that has `forward(inputs, problem) -> (outputs, residuals)` and,
             unless `passes` is only forward, `backward(cotangents, residuals, problem) -> gradients`.
         dtypes, passes, devices: what it can do.
+        timed_on: where its time means something; in a simulator or interpreter it does not.
         requires: import names it needs beside its framework.
         supports: None if it can solve a problem, else the reason in one line.
         kernels: the module with `static_kernels() -> Iterable[TritonKernel | CudaKernel]`, the GPU kernels that its
@@ -57,6 +58,7 @@ class Implementation:
     requires: tuple[str, ...] = ()
     supports: Callable[[Problem], str | None] = supports_all
     kernels: str = ""
+    timed_on: tuple[Device, ...] = ("cpu", "cuda")
 
     def unsupported(self, problem: Problem, device: Device) -> str | None:
         """Why this implementation cannot solve `problem` on `device`, or None; imports nothing."""
@@ -74,6 +76,12 @@ class Implementation:
             if not _is_installed(name):
                 return f"{name} is not installed"
         return None
+
+    def untimed(self, problem: Problem, device: Device) -> str | None:
+        """Why this implementation is not to be timed on `problem` and `device`, or None."""
+        if reason := self.unsupported(problem, device):
+            return reason
+        return None if device in self.timed_on else f"runs on a {device} in a simulator, which is not timed"
 
     def __reduce__(self) -> tuple[Callable[..., Implementation], tuple[Any, ...]]:
         """Into another process a registered one goes by its key, so that `supports` may be a lambda."""

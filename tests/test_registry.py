@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -154,3 +155,18 @@ def test_source_hash_changes_with_what_a_page_is_made_of_alone(tmp_path, monkeyp
 
 def test_source_hash_of_what_is_not_there_is_no_crash():
     assert Implementation("some.thing", "torch", {"linear": "no_such_package.page"}).source_hash()
+
+
+def test_a_simulator_is_not_timed_and_what_is_unsupported_says_that_first():
+    entry = Implementation("a.b", "torch", PAGES, timed_on=("cuda",))
+    assert entry.untimed(PROBLEM, "cuda") is None and entry.unsupported(PROBLEM, "cpu") is None
+    assert entry.untimed(PROBLEM, "cpu") == "runs on a cpu in a simulator, which is not timed"
+    assert replace(entry, requires=("no_such_package",)).untimed(PROBLEM, "cpu") == "no_such_package is not installed"
+
+
+def test_an_entry_reaches_another_process_by_key_or_by_value():
+    unregistered = Implementation("a.b", "torch", PAGES, timed_on=("cuda",))
+    for entry in (*implementations().values(), unregistered):
+        assert pickle.loads(pickle.dumps(entry)) == entry
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(replace(unregistered, supports=lambda problem: None))
