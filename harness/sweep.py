@@ -192,7 +192,7 @@ class _Bench:
             with _device_to_itself(self._settings.stamp):
                 self._take_turns(subjects, pass_)
                 for number, subject in enumerate(subjects):
-                    if subject.failure and subject.failure.status == "oom" and self._memory_is_shared(subject):
+                    if subject.failure and subject.failure.status == "oom" and self._shares_memory():
                         subjects[number] = self._alone(subject.cell, pass_)
             blanks_of = {id(cell): blanks for cell, blanks in cells}
             for subject in subjects:
@@ -239,7 +239,7 @@ class _Bench:
             subject.workers[process].stop()
         return subject
 
-    def _memory_is_shared(self, subject: _Subject) -> bool:
+    def _shares_memory(self) -> bool:
         return sum(worker.running for worker in itertools.chain(*self._workers.values())) > 1
 
 
