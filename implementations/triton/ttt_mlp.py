@@ -476,7 +476,7 @@ def setting(problem: Problem, backward: bool) -> Setting:
     """What the kernels are launched with; from registers and spills as compiled, not measured yet."""
     large = max(problem.mini_batch, problem.head_dim) > 64
     if problem.dtype == "fp32":
-        return Setting(16, 8, 1)
+        return Setting(32, 8, 1)
     return Setting(32 if large else 64, 8, 1) if not backward else Setting(32, 8, 1)
 
 
