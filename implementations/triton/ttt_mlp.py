@@ -73,12 +73,12 @@ def _per_token(p_x, first, stride, M: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _inner_gradient(
-    p_w, b_xk, b_xv, b_gamma, b_beta,
+    p_w, hidden, b_xk, b_xv, b_gamma, b_beta,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, EPS: tl.constexpr, MATMUL: tl.constexpr,
 ):  # fmt: skip
     """Pass 1: g_z2 [BM BD] and the LayerNorm that it went through, x_hat [BM BD] and rstd [BM 1]."""
     b_z2 = tl.zeros([BM, BD], tl.float32)
-    for f in range(0, 4 * D, BF):
+    for f in range(0, hidden, BF):
         b_w1, b_b1, b_w2 = load_block(p_w, f, D, BD, BF)
         b_x2 = gelu(dot(b_xk, b_w1, MATMUL) + b_b1[None, :])  # [M D] @ [D BF] -> [M BF]
         b_z2 += dot(b_x2, b_w2, MATMUL)  # [M BF] @ [BF D] -> [M D]
@@ -90,7 +90,7 @@ def _inner_gradient(
 
 @triton.jit
 def _update_and_read(
-    p_w, p_new, b_xq, b_xk, b_lr, eta_last, b_g_z2, b_read1, b_causal,
+    p_w, p_new, hidden, b_xq, b_xk, b_lr, eta_last, b_g_z2, b_read1, b_causal,
     UPDATE: tl.constexpr, READ: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MATMUL: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def _update_and_read(
     b_attn2 = tl.zeros([BM, BM], tl.float32)
     b_b2 = load_b2(p_w, D, BD)
     b_new_b2 = b_b2 - eta_last * tl.sum(b_lr[:, None] * b_g_z2, 0)
-    for f in range(0, 4 * D, BF):
+    for f in range(0, hidden, BF):
         b_w1, b_b1, b_w2 = load_block(p_w, f, D, BD, BF)
         b_z1 = dot(b_xk, b_w1, MATMUL) + b_b1[None, :]
         b_x2, b_slope = gelu_first(b_z1)
@@ -107,8 +107,8 @@ def _update_and_read(
         if READ and CAUSAL:
             b_z1_bar = dot(b_xq, b_w1, MATMUL) + b_b1[None, :] - dot(b_read1, b_g_z1, MATMUL)
             b_x2_bar = gelu(b_z1_bar)
-            b_z2_bar += dot(b_x2_bar, b_w2, MATMUL)
             b_attn2 += dot(b_x2_bar, tl.trans(b_x2), MATMUL)  # [M BF] @ [BF M] -> [M M]
+            b_z2_bar += dot(b_x2_bar, b_w2, MATMUL)
         if UPDATE or not CAUSAL:
             b_w1 -= eta_last * dot(tl.trans(b_lr[:, None] * b_xk.to(tl.float32)), b_g_z1, MATMUL)
             b_b1 -= eta_last * tl.sum(b_lr[:, None] * b_g_z1, 0)
@@ -134,7 +134,7 @@ def _slot(n, mini_batches, group):
 @triton.jit
 def forward_kernel(
     p_xq, p_xk, p_xv, p_lr, p_token_eta, p_ln_weight, p_ln_bias, p_states, p_out,
-    heads, mini_batches, group,
+    heads, mini_batches, group, hidden,
     xq_b, xq_t, xq_h, xk_b, xk_t, xk_h, xv_b, xv_t, xv_h, lr_b, lr_t, lr_h,
     M: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
     CAUSAL: tl.constexpr, EPS: tl.constexpr, MATMUL: tl.constexpr,
@@ -166,11 +166,11 @@ def forward_kernel(
         b_xv = tokens(p_xv, first, xv_t, M, BM, D, BD)
         b_lr = _per_token(p_lr, first, lr_t, M, BM)
 
-        b_g_z2, _, _ = _inner_gradient(p_w, b_xk, b_xv, b_gamma, b_beta, D, BM, BD, BF, EPS, MATMUL)
+        b_g_z2, _, _ = _inner_gradient(p_w, hidden, b_xk, b_xv, b_gamma, b_beta, D, BM, BD, BF, EPS, MATMUL)
         b_eta = b_token_eta[:, None] * b_lr[None, :]
         b_read1 = tl.where(b_causal, (dot(b_xq, tl.trans(b_xk), MATMUL) + 1) * b_eta, 0.0)
         b_z2_bar, b_attn2 = _update_and_read(
-            p_w, p_new, b_xq, b_xk, b_lr, eta_last, b_g_z2, b_read1, b_causal,
+            p_w, p_new, hidden, b_xq, b_xk, b_lr, eta_last, b_g_z2, b_read1, b_causal,
             True, True, CAUSAL, D, BM, BD, BF, MATMUL,
         )  # fmt: skip
         if CAUSAL:
@@ -195,7 +195,7 @@ def _state(p_saved, p_work, n, group, SIZE: tl.constexpr):
 
 @triton.jit
 def _pass_three(
-    p_w, p_new, p_d_state, p_partial, p_d_z1, b_xq, b_xk, b_lr, eta_last, b_g_z2, b_d_z2_bar, b_read1, b_d_attn2,
+    p_w, p_new, p_d_state, p_partial, p_d_z1, hidden, b_xq, b_xk, b_lr, eta_last, b_g_z2, b_d_z2_bar, b_read1, b_d_attn2,
     CAUSAL: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MATMUL: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +206,7 @@ def _pass_three(
     b_pulled2 = tl.zeros([BM, BD], tl.float32)
     b_d_scores1 = tl.zeros([BM, BM], tl.float32)
     b_along1 = tl.zeros([BM], tl.float32)
-    for f in range(0, 4 * D, BF):
+    for f in range(0, hidden, BF):
         # The forward again, of this block.
         b_w1, b_b1, b_w2 = load_block(p_w, f, D, BD, BF)
         b_d_w1, b_d_b1, b_d_w2 = load_block(p_d_state, f, D, BD, BF)
@@ -258,12 +258,12 @@ def _pass_three(
 
 @triton.jit
 def _pass_four(
-    p_w, p_d_state, p_partial, p_d_z1, b_xk, b_d_z2,
+    p_w, p_d_state, p_partial, p_d_z1, hidden, b_xk, b_d_z2,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MATMUL: tl.constexpr,
 ):  # fmt: skip
     """Pass 4: the new d_w1, d_b1, d_w2 at `p_d_state`, and d_z1 w1^T [BM BD]."""
     b_d_xk = tl.zeros([BM, BD], tl.float32)
-    for f in range(0, 4 * D, BF):
+    for f in range(0, hidden, BF):
         b_w1, b_b1, b_w2 = load_block(p_w, f, D, BD, BF)
         b_d_w1, b_d_b1, b_d_w2 = load_block(p_partial, f, D, BD, BF)
         b_x2, b_slope = gelu_first(dot(b_xk, b_w1, MATMUL) + b_b1[None, :])
@@ -281,7 +281,7 @@ def _pass_four(
 def backward_kernel(
     p_xq, p_xk, p_xv, p_lr, p_token_eta, p_ln_weight, p_ln_bias, p_states, p_d_out,
     p_d_xq, p_d_xk, p_d_xv, p_d_lr, p_sums, p_work,
-    heads, mini_batches, group,
+    heads, mini_batches, group, hidden,
     xq_b, xq_t, xq_h, xk_b, xk_t, xk_h, xv_b, xv_t, xv_h, lr_b, lr_t, lr_h, d_out_b, d_out_t, d_out_h,
     M: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
     CAUSAL: tl.constexpr, EPS: tl.constexpr, MATMUL: tl.constexpr,
@@ -330,9 +330,9 @@ def backward_kernel(
             b_xk = tokens(p_xk, n * M, xk_t, M, BM, D, BD)
             b_xv = tokens(p_xv, n * M, xv_t, M, BM, D, BD)
             b_lr = _per_token(p_lr, n * M, lr_t, M, BM)
-            b_g_z2, _, _ = _inner_gradient(p_w, b_xk, b_xv, b_gamma, b_beta, D, BM, BD, BF, EPS, MATMUL)
+            b_g_z2, _, _ = _inner_gradient(p_w, hidden, b_xk, b_xv, b_gamma, b_beta, D, BM, BD, BF, EPS, MATMUL)
             _update_and_read(
-                p_w, p_inside + (n - start + 1) * SIZE, b_xk, b_xk, b_lr, eta_last, b_g_z2, b_causal, b_causal,
+                p_w, p_inside + (n - start + 1) * SIZE, hidden, b_xk, b_xk, b_lr, eta_last, b_g_z2, b_causal, b_causal,
                 True, False, CAUSAL, D, BM, BD, BF, MATMUL,
             )  # fmt: skip
             tl.debug_barrier()  # the next one reads what other threads wrote
@@ -352,18 +352,18 @@ def backward_kernel(
 
             # The forward again, up to the read-out.
             b_g_z2, b_x_hat, b_rstd = _inner_gradient(
-                p_w, b_xk, b_xv, b_gamma, b_beta, D, BM, BD, BF, EPS, MATMUL
+                p_w, hidden, b_xk, b_xv, b_gamma, b_beta, D, BM, BD, BF, EPS, MATMUL
             )  # fmt: skip
             b_attn1 = tl.where(b_causal, dot(b_xq, tl.trans(b_xk), MATMUL) + 1, 0.0)
             b_read1 = b_eta * b_attn1
             if CAUSAL:
                 b_z2_bar, b_attn2 = _update_and_read(
-                    p_w, p_w, b_xq, b_xk, b_lr, eta_last, b_g_z2, b_read1, b_causal,
+                    p_w, p_w, hidden, b_xq, b_xk, b_lr, eta_last, b_g_z2, b_read1, b_causal,
                     False, True, CAUSAL, D, BM, BD, BF, MATMUL,
                 )  # fmt: skip
                 b_z2_bar -= dot(b_eta * b_attn2, b_g_z2, MATMUL)
             else:
-                b_z2_bar = _read_new(p_new, b_xq, D, BM, BD, BF, MATMUL)
+                b_z2_bar = _read_new(p_new, hidden, b_xq, D, BM, BD, BF, MATMUL)
 
             # out = xq + LN(z2_bar)
             b_x_hat_bar, b_rstd_bar = normalise(b_z2_bar, EPS, D, BD)
@@ -386,7 +386,7 @@ def backward_kernel(
                 b_d_g_z2 = tl.zeros([BM, BD], tl.float32)
 
             b_more, b_d_xq, b_pulled_xk, b_pulled2, b_d_scores1, b_along = _pass_three(
-                p_w, p_new, p_d_state, p_partial, p_d_z1,
+                p_w, p_new, p_d_state, p_partial, p_d_z1, hidden,
                 b_xq, b_xk, b_lr, eta_last, b_g_z2, b_d_z2_bar, b_read1, b_d_attn2,
                 CAUSAL, M, D, BM, BD, BF, MATMUL,
             )  # fmt: skip
@@ -415,7 +415,7 @@ def backward_kernel(
             b_d_xk += b_d_error
             tl.debug_barrier()  # pass 4 reads what other threads wrote in pass 3, and writes the d_state it read
 
-            b_d_xk += _pass_four(p_w, p_d_state, p_partial, p_d_z1, b_xk, b_d_z2, D, BM, BD, BF, MATMUL)
+            b_d_xk += _pass_four(p_w, p_d_state, p_partial, p_d_z1, hidden, b_xk, b_d_z2, D, BM, BD, BF, MATMUL)
             store_b2(p_d_state, b_read_b2 + tl.sum(b_d_z2, 0), D, BD)
             store_tokens(p_d_xq, b_d_xq, first, heads * D, M, BM, D, BD)
             store_tokens(p_d_xk, b_d_xk, first, heads * D, M, BM, D, BD)
@@ -432,11 +432,11 @@ def backward_kernel(
 
 @triton.jit
 def _read_new(
-    p_new, b_xq, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MATMUL: tl.constexpr
+    p_new, hidden, b_xq, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MATMUL: tl.constexpr
 ):
     """z2_bar [BM BD] through the weights at `p_new`."""
     b_z2_bar = tl.zeros([BM, BD], tl.float32)
-    for f in range(0, 4 * D, BF):
+    for f in range(0, hidden, BF):
         b_w1, b_b1, b_w2 = load_block(p_new, f, D, BD, BF)
         b_x2_bar = gelu(dot(b_xq, b_w1, MATMUL) + b_b1[None, :])
         b_z2_bar += dot(b_x2_bar, b_w2, MATMUL)
@@ -501,7 +501,7 @@ def forward(inputs: MlpInputs, problem: Problem, group: int | None = None) -> tu
         _copy(inputs[7:], states, states.stride(1), problem, True)
         how = setting(problem, backward=False)
         forward_kernel[(chains,)](
-            *inputs[:7], states, outputs.out, problem.heads, problem.mini_batches, group,
+            *inputs[:7], states, outputs.out, problem.heads, problem.mini_batches, group, problem.hidden,
             *_strides(*inputs[:4]), **_constants(problem, how),
             num_warps=how.num_warps, num_stages=how.num_stages,
         )  # fmt: skip
@@ -529,7 +529,7 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
         _copy(cotangents[1:], work, work_size, problem, True)
         how = setting(problem, backward=True)
         backward_kernel[(chains,)](
-            *inputs[:7], states, cotangents.out, *d_tokens, sums, work, problem.heads, problem.mini_batches, group,
+            *inputs[:7], states, cotangents.out, *d_tokens, sums, work, problem.heads, problem.mini_batches, group, problem.hidden,
             *_strides(*inputs[:4], cotangents.out), **_constants(problem, how),
             num_warps=how.num_warps, num_stages=how.num_stages,
         )  # fmt: skip
