@@ -196,11 +196,10 @@ def _state(p_saved, p_work, n, group, SIZE: tl.constexpr):
 @triton.jit
 def _pass_three(
     p_w, p_new, p_d_state, p_partial, p_d_z1, hidden, b_xq, b_xk, b_lr, eta_last, b_g_z2, b_d_z2_bar, b_read1, b_d_attn2,
-    CAUSAL: tl.constexpr,
-    M: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MATMUL: tl.constexpr,
+    b_d_g_z2,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MATMUL: tl.constexpr,
 ):  # fmt: skip
     """Pass 3: (d_g_z2, d_xq, g_z1 d_w1^T, x2 d_w2 [BM BD], d_scores1 [BM BM], sum of g_z1 (xk d_w1 + d_b1) [BM])."""
-    b_d_g_z2 = tl.zeros([BM, BD], tl.float32)
     b_d_xq = tl.zeros([BM, BD], tl.float32)
     b_pulled_xk = tl.zeros([BM, BD], tl.float32)
     b_pulled2 = tl.zeros([BM, BD], tl.float32)
@@ -354,8 +353,7 @@ def backward_kernel(
             b_g_z2, b_x_hat, b_rstd = _inner_gradient(
                 p_w, hidden, b_xk, b_xv, b_gamma, b_beta, D, BM, BD, BF, EPS, MATMUL
             )  # fmt: skip
-            b_attn1 = tl.where(b_causal, dot(b_xq, tl.trans(b_xk), MATMUL) + 1, 0.0)
-            b_read1 = b_eta * b_attn1
+            b_read1 = tl.where(b_causal, (dot(b_xq, tl.trans(b_xk), MATMUL) + 1) * b_eta, 0.0)
             if CAUSAL:
                 b_z2_bar, b_attn2 = _update_and_read(
                     p_w, p_w, hidden, b_xq, b_xk, b_lr, eta_last, b_g_z2, b_read1, b_causal,
@@ -377,35 +375,41 @@ def backward_kernel(
             if CAUSAL:
                 b_d_scores2 = -tl.where(b_causal, dot(b_d_z2_bar, tl.trans(b_g_z2), MATMUL), 0.0)
                 b_d_eta = b_d_scores2 * b_attn2
+                b_d_lr = tl.sum(b_d_eta * b_token_eta[:, None], 0)
+                b_d_token_eta += tl.sum(b_d_eta * b_lr[None, :], 1)
                 b_d_attn2 = b_d_scores2 * b_eta
                 b_d_g_z2 = -dot(tl.trans(b_eta * b_attn2), b_d_z2_bar, MATMUL)
             else:
                 b_d_b2 = b_read_b2
-                b_d_eta = tl.zeros([BM, BM], tl.float32)
-                b_d_attn2 = b_d_eta
+                b_d_lr = tl.zeros([BM], tl.float32)
+                b_d_attn2 = tl.zeros([BM, BM], tl.float32)
                 b_d_g_z2 = tl.zeros([BM, BD], tl.float32)
 
-            b_more, b_d_xq, b_pulled_xk, b_pulled2, b_d_scores1, b_along = _pass_three(
+            b_d_g_z2, b_d_xq, b_pulled_xk, b_pulled2, b_d_scores1, b_along = _pass_three(
                 p_w, p_new, p_d_state, p_partial, p_d_z1, hidden,
-                b_xq, b_xk, b_lr, eta_last, b_g_z2, b_d_z2_bar, b_read1, b_d_attn2,
-                CAUSAL, M, D, BM, BD, BF, MATMUL,
+                b_xq, b_xk, b_lr, eta_last, b_g_z2, b_d_z2_bar, b_read1, b_d_attn2, b_d_g_z2,
+                CAUSAL, D, BM, BD, BF, MATMUL,
             )  # fmt: skip
-            b_d_xq += b_d_out
+            # Loaded or computed again, so that no register holds them through pass 3.
+            b_d_xq += tokens(p_d_out, first, d_out_t, M, BM, D, BD).to(tl.float32)
             b_d_xk = -eta_last * b_lr_rows * b_pulled_xk
             if CAUSAL:
+                b_xq, b_xk = tokens(p_xq, first, xq_t, M, BM, D, BD), tokens(p_xk, first, xk_t, M, BM, D, BD)
                 b_d_scores1 = tl.where(b_causal, b_d_scores1, 0.0)
-                b_d_eta += b_d_scores1 * b_attn1
+                b_d_eta = b_d_scores1 * (dot(b_xq, tl.trans(b_xk), MATMUL) + 1)
+                b_d_lr += tl.sum(b_d_eta * b_token_eta[:, None], 0)
+                b_d_token_eta += tl.sum(b_d_eta * b_lr[None, :], 1)
                 b_d_attn1 = b_d_scores1 * b_eta
                 b_d_xq += dot(b_d_attn1, b_xk, MATMUL)
                 b_d_xk += dot(tl.trans(b_d_attn1), b_xq, MATMUL)
             b_pulled2 += b_d_b2[None, :]
             b_along += tl.sum(b_g_z2 * b_pulled2, 1)
-            b_d_lr = tl.sum(b_d_eta * b_token_eta[:, None], 0) - eta_last * b_along
-            b_d_token_eta += tl.sum(b_d_eta * b_lr[None, :], 1)
+            b_d_lr -= eta_last * b_along
             b_d_token_eta -= tl.where(m == M - 1, tl.sum(b_lr * b_along, 0), 0.0)
-            b_d_g_z2 += b_more - eta_last * b_lr_rows * b_pulled2
+            b_d_g_z2 -= eta_last * b_lr_rows * b_pulled2
 
             # The inner gradient, second order: g_z2 depends on z2, on xv - xk and on the LayerNorm's parameters.
+            b_xv = tokens(p_xv, first, xv_t, M, BM, D, BD)
             b_target = b_xv.to(tl.float32) - b_xk.to(tl.float32)
             b_d_z2, b_d_error, b_d_gamma_rows = inner_gradient_backward(
                 b_d_g_z2, b_g_z2, b_x_hat, b_rstd, b_target, b_gamma, b_beta, D, BD
