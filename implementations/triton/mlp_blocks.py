@@ -3,8 +3,8 @@
 A kernel pads `D` to `BD` and `M` to `BM`, powers of two of at least 16: padded columns and rows are loaded as zeros and
 stay zero, so sums over them are right, and means divide by the true `D`.
 
-The fast weights of one chain lie in one contiguous record of `record(D)` floats: w1 [D F], b1 [F], w2 [F D], b2 [D], with
-`F = 4 D`. Sizes are multiples of 16, so that every part of it is aligned.
+The fast weights of one chain lie in one contiguous record of `record(D)` floats: w1 [D F], b1 [F], w2 [F D], b2 [D],
+with `F = 4 D`. Sizes are multiples of 16, so that every part of it is aligned.
 
 Source: `implementations.torch.blocks`, whose names these functions have and whose roundings they follow.
 """
@@ -176,7 +176,7 @@ def _sigmoids(z):
 
 @triton.jit
 def gelu(z):
-    """gelu(z)."""
+    """Of [M F], element by element."""
     s, _ = _sigmoids(z)
     return z * s
 

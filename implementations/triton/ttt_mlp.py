@@ -1,9 +1,9 @@
 """TTT-MLP in Triton, forward and backward: one program a chain, the fast weights in global memory.
 
 The maths, names and roundings are those of `implementations/torch/ttt_mlp.py`; read that page first. One (batch, head)
-is a chain of mini-batches, and one program walks it. Its fast weights are 2 x D x F fp32 numbers, 128 KB at D = 64: more
-than the registers of a program have room for beside its products. So they stay in a record in global memory, where the
-L2 cache holds them (128 chains: 17 MB), and every mini-batch walks the hidden axis F in blocks of BF:
+is a chain of mini-batches, and one program walks it. Its fast weights are 2 x D x F fp32 numbers, 128 KB at D = 64:
+more than the registers of a program have room for beside its products. So they stay in a record in global memory, where
+the L2 cache holds them (128 chains: 17 MB), and every mini-batch walks the hidden axis F in blocks of BF:
 
     forward   1. z2 = sum over f of gelu(xk w1[:, f] + b1[f]) w2[f, :] + b2, then g_z2 through the LayerNorm
               2. the update of block f, and the read-out through it: z2_bar, and attn2 = tril(x2_bar x2^T + 1)
@@ -58,7 +58,7 @@ from implementations.triton.mlp_blocks import (
     tokens,
 )
 from implementations.triton.mlp_limits import supports
-from spec.problem import ARRAY_DTYPE, Problem
+from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs, validate
 
 # --- Forward ---
@@ -157,7 +157,7 @@ def forward_kernel(
     eta_last = tl.load(p_token_eta + M - 1)
     b_causal = m[:, None] >= m[None, :]
 
-    for n in range(0, mini_batches):
+    for n in range(mini_batches):
         p_w = p_states + _slot(n, mini_batches, group) * SIZE
         p_new = p_states + _slot(n + 1, mini_batches, group) * SIZE
         first = n * M
@@ -180,14 +180,13 @@ def forward_kernel(
         tl.debug_barrier()  # the next mini-batch reads what other threads wrote in p_new, and writes where p_w was
 
 
-
 # --- Backward ---
 
 
 @triton.jit
 def _state(p_saved, p_work, n, group, SIZE: tl.constexpr):
     """Where state n is while its group is walked: saved if it starts the group, else computed again."""
-    p_w = p_work + (n % group) * SIZE
+    p_w = p_work + (n % group - 1) * SIZE
     if n % group == 0:
         p_w = p_saved + (n // group) * SIZE
     return p_w
@@ -195,8 +194,8 @@ def _state(p_saved, p_work, n, group, SIZE: tl.constexpr):
 
 @triton.jit
 def _pass_three(
-    p_w, p_new, p_d_state, p_partial, p_d_z1, hidden, b_xq, b_xk, b_lr, eta_last, b_g_z2, b_d_z2_bar, b_read1, b_d_attn2,
-    b_d_g_z2,
+    p_w, p_new, p_d_state, p_partial, p_d_z1, hidden, b_xq, b_xk, b_lr, eta_last, b_g_z2, b_d_z2_bar, b_read1,
+    b_d_attn2, b_d_g_z2,
     CAUSAL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MATMUL: tl.constexpr,
 ):  # fmt: skip
     """Pass 3: (d_g_z2, d_xq, g_z1 d_w1^T, x2 d_w2 [BM BD], d_scores1 [BM BM], sum of g_z1 (xk d_w1 + d_b1) [BM])."""
@@ -287,7 +286,7 @@ def backward_kernel(
 ):  # fmt: skip
     """Chain `program_id(0)`: gradients of its tokens, of its first state, and its part of the parameters'.
 
-    `p_work` has for each chain the record d_state, the record partial, d_z1 [BM F] and `group + 1` states; `p_sums`
+    `p_work` has for each chain the record d_state, the record partial, d_z1 [BM F] and `group` states; `p_sums`
     token_eta [M], ln_weight [D], ln_bias [D].
     """
     SIZE: tl.constexpr = 8 * D * D + 5 * D
@@ -305,7 +304,7 @@ def backward_kernel(
     p_d_xv += own * D
     p_d_lr += own
     p_saved = p_states + chain * (groups + 2) * SIZE
-    p_d_state = p_work + chain * ((group + 3) * SIZE + BM * 4 * D)
+    p_d_state = p_work + chain * ((group + 2) * SIZE + BM * 4 * D)
     p_partial = p_d_state + SIZE
     p_d_z1 = p_partial + SIZE
     p_inside = p_d_z1 + BM * 4 * D
@@ -319,7 +318,7 @@ def backward_kernel(
     b_d_gamma = tl.zeros([BD], tl.float32)
     b_d_beta = tl.zeros([BD], tl.float32)
 
-    for k in range(0, groups):
+    for k in range(groups):
         start = (groups - 1 - k) * group
         end = tl.minimum(start + group, mini_batches)
 
@@ -331,7 +330,7 @@ def backward_kernel(
             b_lr = _per_token(p_lr, n * M, lr_t, M, BM)
             b_g_z2, _, _ = _inner_gradient(p_w, hidden, b_xk, b_xv, b_gamma, b_beta, D, BM, BD, BF, EPS, MATMUL)
             _update_and_read(
-                p_w, p_inside + (n - start + 1) * SIZE, hidden, b_xk, b_xk, b_lr, eta_last, b_g_z2, b_causal, b_causal,
+                p_w, p_inside + (n - start) * SIZE, hidden, b_xk, b_xk, b_lr, eta_last, b_g_z2, b_causal, b_causal,
                 True, False, CAUSAL, D, BM, BD, BF, MATMUL,
             )  # fmt: skip
             tl.debug_barrier()  # the next one reads what other threads wrote
@@ -340,7 +339,7 @@ def backward_kernel(
             n = end - 1 - (i - start)
             first = n * M
             p_w = _state(p_saved, p_inside, n, group, SIZE)
-            p_new = p_inside + (n - start + 1) * SIZE
+            p_new = p_inside + (n - start) * SIZE
             b_xq = tokens(p_xq, first, xq_t, M, BM, D, BD)
             b_xk = tokens(p_xk, first, xk_t, M, BM, D, BD)
             b_xv = tokens(p_xv, first, xv_t, M, BM, D, BD)
@@ -478,10 +477,8 @@ def saved_bytes(problem: Problem, group: int) -> float:
 
 def setting(problem: Problem, backward: bool) -> Setting:
     """What the kernels are launched with; from registers and spills as compiled, not measured yet."""
-    large = max(problem.mini_batch, problem.head_dim) > 64
-    if problem.dtype == "fp32":
-        return Setting(32, 8, 1)
-    return Setting(32 if large else 64, 8, 1) if not backward else Setting(32, 8, 1)
+    small = problem.mini_batch <= 16 and problem.head_dim <= 64 and problem.dtype != "fp32"
+    return Setting(64 if small and not backward else 32, 8, 1)
 
 
 def forward(inputs: MlpInputs, problem: Problem, group: int | None = None) -> tuple[MlpOutputs, Residuals]:
@@ -523,8 +520,8 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
     validate(cotangents, OUTPUTS, problem)
     _check(cotangents, problem, set(), residuals.inputs.xq)
     inputs, states, group = residuals
-    chains, size, (m, d) = problem.batch * problem.heads, record(problem.head_dim), _padded(problem)
-    work_size = (group + 3) * size + m * problem.hidden
+    chains = problem.batch * problem.heads
+    work_size = (group + 2) * record(problem.head_dim) + _padded(problem)[0] * problem.hidden
     with _on(inputs.xq):
         work = states.new_empty(chains, work_size)
         sums = states.new_empty(problem.batch, problem.heads, problem.mini_batch + 2 * problem.head_dim)
@@ -533,7 +530,8 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
         _copy(cotangents[1:], work, work_size, problem, True)
         how = setting(problem, backward=True)
         backward_kernel[(chains,)](
-            *inputs[:7], states, cotangents.out, *d_tokens, sums, work, problem.heads, problem.mini_batches, group, problem.hidden,
+            *inputs[:7], states, cotangents.out, *d_tokens, sums, work,
+            problem.heads, problem.mini_batches, group, problem.hidden,
             *_strides(*inputs[:4], cotangents.out), **_constants(problem, how),
             num_warps=how.num_warps, num_stages=how.num_stages,
         )  # fmt: skip
@@ -589,8 +587,8 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 def _copy(tensors, records: Tensor, stride: int, problem: Problem, pack: bool) -> None:
     """Between w1, b1, w2, b2 and the first record of each chain in `records`, whose chains are `stride` apart."""
-    grid = problem.batch * problem.heads, problem.hidden // 16
-    copy_record[grid](*tensors, records, stride, problem.head_dim, _padded(problem)[1], 16, pack, num_warps=1)
+    grid = problem.batch * problem.heads, problem.hidden // 64  # D is a multiple of 16
+    copy_record[grid](*tensors, records, stride, problem.head_dim, _padded(problem)[1], 64, pack)
 
 
 def _on(x: Tensor):
