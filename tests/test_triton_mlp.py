@@ -1,0 +1,176 @@
+"""TTT-MLP in Triton under its interpreter: held to the oracle, deterministic, and clear about what it cannot do.
+
+The interpreter takes most of a second for a mini-batch, so the cases are tiny; what only a GPU shows (races, its
+roundings) is for the parity command there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from harness import jobs, rule, static
+from harness.parity import CPU_ENVIRONMENT
+from harness.worker import Failure, Worker
+from implementations.registry import Implementation, implementations
+from implementations.triton.mlp_limits import supports
+from spec.cases import Case
+from spec.problem import Problem
+
+pytest.importorskip("triton")
+
+PAGE = "implementations.triton.ttt_mlp"
+ENTRY = Implementation(
+    "triton.mlp_dev", "torch", {"mlp": PAGE}, ("fp32", "bf16", "fp16"), supports=supports, kernels=PAGE
+)
+BASE = Case("triton", "two mini-batches", 1, 32, 1, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def worker():
+    process = Worker(CPU_ENVIRONMENT | {"TRITON_INTERPRET": "1"})
+    yield process
+    process.close()
+
+
+def wrong(worker: Worker, case: Case, dtype: str, folder, page: str = PAGE) -> list[str]:
+    """What the checker says against the page: both passes, twice each, in memory full of NaN."""
+    problem = case.problem("mlp", dtype)
+    entry = replace(ENTRY, pages={"mlp": page})
+    worker.call(jobs.save_truth, case, problem, 0, "cpu", folder, timeout=250.0)
+    checks, yardstick = (
+        worker.call(jobs.check, each, case, problem, 0, "cpu", folder, timeout=250.0)
+        for each in (entry, implementations()[rule.YARDSTICK])
+    )
+    assert len(checks) == 16
+    beside = {check.tensor: check for check in yardstick}
+    verdicts = [rule.judge(check, beside[check.tensor], case, problem) for check in checks]
+    return [verdict.reason for verdict in verdicts if verdict.reason]
+
+
+@pytest.mark.parametrize(
+    "dtype, changes",
+    [
+        ("fp32", {"batch": 2, "heads": 2, "tokens": 16, "strided": True}),
+        ("fp32", {"tokens": 80, "causal": False}),  # groups of two, the last one short
+        ("bf16", {}),
+        ("bf16", {"causal": False, "strided": True}),
+        ("fp16", {"head_dim": 32}),
+        ("fp32", {"head_dim": 48, "tokens": 16, "mini_batch": 8}),  # padded: D to 64, M to 16
+        ("fp16", {"head_dim": 48, "tokens": 24, "mini_batch": 24, "causal": False}),  # M to 32
+    ],
+    ids=str,
+)
+def test_right_against_the_oracle(worker, dtype, changes, tmp_path):
+    assert wrong(worker, replace(BASE, **changes), dtype, tmp_path) == []
+
+
+def equal_for_all_groups() -> list[str]:
+    """The tensors whose bits depend on how many mini-batches share a saved state."""
+    import torch
+
+    from implementations.triton import ttt_mlp
+    from spec.cases import draw
+
+    case = replace(BASE, tokens=24, mini_batch=8)
+    problem = case.problem("mlp", "fp32")
+    inputs, cotangents = (type(x)(*map(torch.from_numpy, x)) for x in draw(case, problem))
+    found = []
+    for group in (1, 2, 5):
+        outputs, residuals = ttt_mlp.forward(inputs, problem, group)
+        bytes_saved = residuals.states.nbytes / (problem.batch * problem.heads * problem.tokens)
+        assert bytes_saved == ttt_mlp.saved_bytes(problem, group)
+        gradients = ttt_mlp.backward(cotangents, residuals, problem)
+        found.append(outputs._asdict() | {f"d_{name}": x for name, x in gradients._asdict().items()})
+    return [name for name, x in found[0].items() if any(not torch.equal(x, other[name]) for other in found[1:])]
+
+
+def test_the_group_changes_no_bit(worker):
+    assert worker.call(equal_for_all_groups, timeout=250.0) == []
+
+
+def refusal(what: str) -> str:
+    """The message of the ValueError for inputs that are wrong in this way."""
+    import torch
+
+    from implementations.triton import ttt_mlp
+    from spec.cases import draw
+
+    case = replace(BASE, tokens=16)
+    problem = case.problem("mlp", "fp32")
+    inputs, cotangents = (type(x)(*map(torch.from_numpy, x)) for x in draw(case, problem))
+    if what == "meta":
+        inputs = inputs._replace(xv=inputs.xv.to("meta"))
+    elif what == "columns":
+        inputs = inputs._replace(xk=inputs.xk.transpose(1, 3).contiguous().transpose(1, 3))
+    elif what == "w1":
+        inputs = inputs._replace(w1=inputs.w1.mT.contiguous().mT)
+    elif what == "dtype":
+        inputs = inputs._replace(xq=inputs.xq.bfloat16())
+    try:
+        if what == "cotangent":
+            _, residuals = ttt_mlp.forward(inputs, problem)
+            ttt_mlp.backward(cotangents._replace(final_b1=torch.ones(1, 1, 1).expand(1, 1, 64)), residuals, problem)
+        else:
+            ttt_mlp.forward(inputs, problem, 0 if what == "group" else None)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("meta", "xv: expected a tensor on cpu, got one on meta"),
+        ("columns", "xk: expected stride 1 in D, got strides (256, 1, 16, 16); call .contiguous()"),
+        ("w1", "w1: expected contiguous memory, got strides (1024, 1024, 1, 16); call .contiguous()"),
+        ("dtype", "xq: expected float32, got bfloat16"),
+        ("group", "group: expected a positive number of mini-batches, got 0"),
+        ("cotangent", "final_b1: expected contiguous memory, got strides (1, 1, 0); call .contiguous()"),
+    ],
+)
+def test_what_it_refuses(worker, what, message):
+    assert worker.call(refusal, what, timeout=60.0) == message
+
+
+def forward_here():
+    import torch
+
+    from implementations.triton import ttt_mlp
+    from spec.cases import draw
+
+    problem = BASE.problem("mlp", "fp32")
+    inputs, _ = draw(BASE, problem)
+    ttt_mlp.forward(type(inputs)(*map(torch.from_numpy, inputs)), problem)
+
+
+def test_without_the_interpreter_a_cpu_tensor_is_refused():
+    process = Worker(CPU_ENVIRONMENT | {"TRITON_INTERPRET": "0"})
+    try:
+        with pytest.raises(Failure, match=r"xq: expected a CUDA tensor, got one on cpu; move it with \.cuda\(\)"):
+            process.call(forward_here, timeout=60.0)
+    finally:
+        process.close()
+
+
+def test_what_the_static_report_compiles():
+    """Compiled for one architecture; the others are the static report's, which takes minutes."""
+    common = {"implementation": ENTRY.key, "source_hash": "", "git_sha": ""}
+    (kernel,) = [each for each in ENTRY.static_kernels() if each.constexprs["M"] == 16 and "forward" in each.name]
+    row = static._of_kernel(common, kernel, "sm_90")
+    assert row.status == "ok" and row.undeclared_spill_bytes == 0 and row.tensor_instructions, row.reason
+
+
+@pytest.mark.parametrize(
+    "sizes, reason",
+    [
+        ((16, 64, 16), None),
+        ((24, 64, 16), "head_dim: expected a multiple of 16 up to 128, got 24"),
+        ((256, 64, 16), "head_dim: expected a multiple of 16 up to 128, got 256"),
+        ((64, 256, 256), "mini_batch: expected at most 128, got 256"),
+    ],
+)
+def test_what_it_supports(sizes, reason):
+    head_dim, tokens, mini_batch = sizes
+    assert supports(Problem("mlp", 1, tokens, 1, head_dim, mini_batch)) == reason
