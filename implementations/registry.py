@@ -44,6 +44,8 @@ class Implementation:
         dtypes, passes, devices: what it can do.
         requires: import names it needs beside its framework.
         supports: None if it can solve a problem, else the reason in one line.
+        supports_on_cpu: the same for a CPU alone, where a kernel for a GPU runs in a slow simulator or interpreter.
+        timed_on: the devices on which its time means something: not those where it is simulated.
         kernels: the module with `static_kernels() -> Iterable[TritonKernel | CudaKernel]`, the GPU kernels that its
             pages launch (see `implementations.kernels`), for the report that compiles them; empty if it has none.
     """
@@ -56,6 +58,8 @@ class Implementation:
     devices: tuple[Device, ...] = ("cpu", "cuda")
     requires: tuple[str, ...] = ()
     supports: Callable[[Problem], str | None] = supports_all
+    supports_on_cpu: Callable[[Problem], str | None] = supports_all
+    timed_on: tuple[Device, ...] = ("cpu", "cuda")
     kernels: str = ""
 
     def unsupported(self, problem: Problem, device: Device) -> str | None:
@@ -73,7 +77,7 @@ class Implementation:
         for name in (self.framework, *self.requires):
             if not _is_installed(name):
                 return f"{name} is not installed"
-        return None
+        return self.supports_on_cpu(problem) if device == "cpu" else None
 
     def __reduce__(self) -> tuple[Callable[..., Implementation], tuple[Any, ...]]:
         """Into another process a registered one goes by its key, so that `supports` may be a lambda."""
