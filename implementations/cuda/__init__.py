@@ -42,7 +42,7 @@ ENTRIES = (
     Implementation(
         "cuda.numba",
         "torch",
-        {inner: f"implementations.cuda.numba_ttt_{inner}" for inner in ("linear",)},
+        {inner: f"implementations.cuda.numba_ttt_{inner}" for inner in ("linear", "mlp")},
         dtypes=_DTYPES,
         requires=("numba", "numba_cuda"),
         supports=_numba_limits,
