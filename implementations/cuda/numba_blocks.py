@@ -135,7 +135,7 @@ def sigmoid(v):
 
 @cuda.jit(device=True)
 def gelu(z):
-    """The tanh form of gelu(z)."""
+    """z sigmoid(v)."""
     return z * sigmoid(_GELU_SCALE * (z + _GELU_CUBIC * z * z * z))
 
 
