@@ -45,6 +45,8 @@ class Implementation:
         timed_on: where its time means something; in a simulator or interpreter it does not.
         requires: import names it needs beside its framework.
         supports: None if it can solve a problem, else the reason in one line.
+        supports_on_cpu: the same for a CPU alone, where a kernel for a GPU runs in a slow simulator or interpreter.
+        timed_on: the devices on which its time means something: not those where it is simulated.
         kernels: the module with `static_kernels() -> Iterable[TritonKernel | CudaKernel]`, the GPU kernels that its
             pages launch (see `implementations.kernels`), for the report that compiles them; empty if it has none.
     """
@@ -57,6 +59,8 @@ class Implementation:
     devices: tuple[Device, ...] = ("cpu", "cuda")
     requires: tuple[str, ...] = ()
     supports: Callable[[Problem], str | None] = supports_all
+    supports_on_cpu: Callable[[Problem], str | None] = supports_all
+    timed_on: tuple[Device, ...] = ("cpu", "cuda")
     kernels: str = ""
     timed_on: tuple[Device, ...] = ("cpu", "cuda")
 
@@ -75,7 +79,7 @@ class Implementation:
         for name in (self.framework, *self.requires):
             if not _is_installed(name):
                 return f"{name} is not installed"
-        return None
+        return self.supports_on_cpu(problem) if device == "cpu" else None
 
     def untimed(self, problem: Problem, device: Device) -> str | None:
         """Why this implementation is not to be timed on `problem` and `device`, or None."""

@@ -1,10 +1,59 @@
-"""TTT layers in raw CUDA (numba.cuda and CuPy): registered, so that reports show the rows, and not written yet."""
+"""TTT layers in raw CUDA: numba.cuda to read; CuPy registered, so that reports show the row, and not written yet."""
+
+from importlib.metadata import PackageNotFoundError, version
 
 from implementations.registry import Implementation
+from spec.cost import flops
+from spec.problem import Problem
 
-_PAGES = {inner: f"implementations.cuda.ttt_{inner}" for inner in ("linear", "mlp")}
+_DTYPES = ("fp32", "bf16", "fp16")
+# A Python thread for each CUDA thread: a floating-point operation takes microseconds, and a check runs each pass twice.
+_SIMULATED_FLOPS = 1_100_000
 
-ENTRIES = tuple(
-    Implementation(key, "torch", _PAGES, dtypes=("fp32", "bf16", "fp16"), supports=lambda problem: "not written yet")
-    for key in ("cuda.numba", "cuda.cupy",)
+
+def _numba_limits(problem: Problem) -> str | None:
+    if problem.matmul_precision == "tf32":
+        return "plain fp32 arithmetic: no tensor cores, and so no tf32"
+    return _numba_fault()
+
+
+def _numba_fault() -> str | None:
+    """Why the installed numba-cuda cannot be imported beside the other packages; it would be a crash otherwise."""
+    try:
+        cuda, numba, numpy = (version(name) for name in ("numba-cuda", "numba", "numpy"))
+    except PackageNotFoundError:  # said by `requires`
+        return None
+    if _numbers(cuda) < (0, 30, 4) and _numbers(numba) >= (0, 68):
+        return f"numba-cuda {cuda} does not import beside numba {numba}: it takes numba-cuda 0.30.4"
+    if _numbers(cuda) <= (0, 30, 4) and _numbers(numpy) >= (2, 5):
+        return f"numba-cuda {cuda} does not import beside NumPy {numpy}, which has no row_stack: it takes numpy<2.5"
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
+
+
+def _simulator_limits(problem: Problem) -> str | None:
+    return "the simulator takes minutes at this size" if flops(problem, "forward") > _SIMULATED_FLOPS else None
+
+
+ENTRIES = (
+    Implementation(
+        "cuda.numba",
+        "torch",
+        {inner: f"implementations.cuda.numba_ttt_{inner}" for inner in ("linear", "mlp")},
+        dtypes=_DTYPES,
+        requires=("numba", "numba_cuda"),
+        supports=_numba_limits,
+        supports_on_cpu=_simulator_limits,
+        timed_on=("cuda",),
+    ),
+    Implementation(
+        "cuda.cupy",
+        "torch",
+        {inner: f"implementations.cuda.cupy_ttt_{inner}" for inner in ("linear", "mlp")},
+        dtypes=_DTYPES,
+        supports=lambda problem: "not written yet",
+    ),
 )
