@@ -46,7 +46,6 @@ class Implementation:
         requires: import names it needs beside its framework.
         supports: None if it can solve a problem, else the reason in one line.
         supports_on_cpu: the same for a CPU alone, where a kernel for a GPU runs in a slow simulator or interpreter.
-        timed_on: the devices on which its time means something: not those where it is simulated.
         kernels: the module with `static_kernels() -> Iterable[TritonKernel | CudaKernel]`, the GPU kernels that its
             pages launch (see `implementations.kernels`), for the report that compiles them; empty if it has none.
     """
@@ -60,7 +59,6 @@ class Implementation:
     requires: tuple[str, ...] = ()
     supports: Callable[[Problem], str | None] = supports_all
     supports_on_cpu: Callable[[Problem], str | None] = supports_all
-    timed_on: tuple[Device, ...] = ("cpu", "cuda")
     kernels: str = ""
     timed_on: tuple[Device, ...] = ("cpu", "cuda")
 
