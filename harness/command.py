@@ -22,6 +22,7 @@ from harness import (
     compare_command,
     doctor,
     environment,
+    findings,
     grid,
     parity,
     plots,
@@ -274,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench_command.add_parser(commands)
     compare_command.add_parser(commands)
+    findings.add_parser(commands)
 
     command = commands.add_parser("doctor", help="show that the checker catches planted faults")
     command.set_defaults(command=_doctor)
