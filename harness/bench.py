@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from harness import environment, parity, sweep
 from harness.grid import Cell
+from harness.one_lr import SUFFIX, with_one_lr
 from harness.parity import Settings
 from harness.rows import ParityRow, SweepRow
 from harness.timing import Cache
@@ -64,7 +65,7 @@ def check(
 
     Args:
         candidate: see the module; `framework` is whose arrays it takes, where it does not say so itself.
-        case: the name of a case of `spec/cases.py`, or a `Case` of your own.
+        case: the name of a case of `spec/cases.py`, maybe with `:one-lr` at its end, or a `Case` of your own.
         inner_model: linear or mlp; default: the first that the candidate has.
         dtype, matmul_precision, seed: of the problem and its numbers.
         device: cpu or cuda; default: cuda where there is one.
@@ -193,9 +194,9 @@ def _cells(
 ) -> list[Cell]:
     entries = list(entries)
     if isinstance(case, str):
-        if case not in CASES:
-            raise ValueError(unknown("case", case, CASES))
-        case = CASES[case]
+        if (plain := case.removesuffix(SUFFIX)) not in CASES:
+            raise ValueError(unknown("case", plain, CASES))
+        case = CASES[plain] if case == plain else with_one_lr(CASES[plain])
     chosen: Any = inner_model or next(iter(entries[0].pages))
     problem = case.problem(chosen, dtype, matmul_precision)
     return [Cell(entry, case, problem, tuple(passes)) for entry in entries]

@@ -25,6 +25,7 @@ from harness import (
     findings,
     grid,
     parity,
+    peer_bars,
     plots,
     records,
     report,
@@ -274,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_sweep)
 
     bench_command.add_parser(commands)
+    peer_bars.add_parser(commands)
     compare_command.add_parser(commands)
     findings.add_parser(commands)
 

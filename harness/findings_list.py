@@ -102,7 +102,7 @@ FINDINGS = (
         "In continuous integration a failed comparison is a warning",
         "With `FLA_CI_ENV` set, `assert_close` warns, where it would fail, if the relative error is below 0.01 or the "
         "largest difference at most 0.3. Many gradients are smaller than 0.3 throughout: a gradient of zeros passes. "
-        "`test_ttt.py` skips every case with T above 1000 too, which leaves two of six.",
+        "`tests/ops/test_ttt.py` (as of 0315a70) also skips every case with T above 1000, which leaves two of six.",
         packages=_FLA_CORE,
     ),
     Finding(

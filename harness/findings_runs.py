@@ -166,7 +166,7 @@ def fla_reference_scales_its_input() -> Found:
 def fla_continuous_integration() -> Found:
     import os
 
-    os.environ["FLA_CI_ENV"] = "1"  # as its workflows set it; read at import
+    os.environ["FLA_CI_ENV"] = "1"  # its switch for continuous integration, read at import
     import torch
     from fla.utils import assert_close
 
