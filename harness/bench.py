@@ -170,7 +170,7 @@ def _of_functions(functions: Functions, framework: Literal["torch", "jax"], inne
     forward, backward = functions
     name = f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', forward)}"
     passes = PASSES if backward else ("forward",)
-    where = {inner_model: getattr(forward, "__module__", "") or ""}
+    where: dict[str, str] = {inner_model: getattr(forward, "__module__", "") or ""}
     return _OfFunctions(name, framework, where, passes=passes, functions=functions)
 
 

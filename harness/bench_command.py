@@ -11,6 +11,7 @@ from rich.console import Console
 
 from harness import bench, summary
 from harness.parity import Settings
+from harness.rows import ParityRow, SweepRow
 from spec.problem import DTYPES, INNER_MODELS
 
 console = Console(stderr=False)
@@ -25,7 +26,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--dtype", choices=DTYPES, default="fp32")
     command.add_argument("--matmul-precision", choices=("ieee", "tf32"), default="ieee")
     command.add_argument("--framework", choices=("torch", "jax"), default="torch", help="of a module's arrays")
-    command.add_argument("--beside", type=_names, default=("torch.eager",), metavar="A,B", help="timed in turns with it")
+    command.add_argument("--beside", type=_names, default=("torch.eager",), metavar="A,B", help="timed beside it")
     command.add_argument("--passes", type=_names, default=("forward", "forward_backward"), metavar="A,B")
     command.add_argument("--check-only", action="store_true", help="hold it to the oracle, and time nothing")
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -41,8 +42,9 @@ def run(options: argparse.Namespace) -> int:
     common = "inner_model", "dtype", "matmul_precision", "framework", "device", "seed", "timeout"
     arguments = {name: given[name] for name in common}
     entry = bench.implementation(options.candidate, options.framework, options.inner_model)
+    timed: list[SweepRow] = []
     if options.check_only:
-        checked, timed = bench.check(entry, options.case, **arguments), []
+        checked = bench.check(entry, options.case, **arguments)
     else:
         checked, timed = bench.check_and_measure(
             entry, options.case, beside=options.beside, passes=options.passes, **arguments
@@ -54,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
         console.print(summary.sweep_table(timed, next(iter(options.beside), entry.key)))
         for line in summary.sweep_notes(timed):
             console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
-    own = [row for row in (*checked, *timed) if row.implementation == entry.key]
-    return 1 if any(row.status != "ok" for row in own) else 0
+    rows: list[ParityRow | SweepRow] = [*checked, *timed]
+    return 1 if any(row.status != "ok" for row in rows if row.implementation == entry.key) else 0
 
 
 def _names(text: str) -> list[str]:

@@ -43,8 +43,8 @@ FINDINGS = (
         "`gelu_bwd` writes 0.79788456 for sqrt(2 / pi) and 0.1070322243 for its product with 3 * 0.044715, while the "
         "forward is PyTorch's own gelu with exact ones. So the inner gradient of TTT-MLP is not the derivative of the "
         "inner loss beyond about nine digits: invisible in fp32 and below, visible to a check in fp64 "
-        "(`torch.autograd.gradcheck`). The same lines are in the JAX code and in ttt-tk. `math.sqrt(2 / math.pi)` costs "
-        "nothing.",
+        "(`torch.autograd.gradcheck`). The JAX code has the same lines. `math.sqrt(2 / math.pi)` "
+        "costs nothing.",
     ),
     Finding(
         "official-gelu-jax",
@@ -56,8 +56,8 @@ FINDINGS = (
         "official-jax-variance",
         _OFFICIAL_JAX,
         "The inner LayerNorm takes its variance as a difference of two means",
-        "flax's LayerNorm computes the variance as mean(x^2) - mean(x)^2 unless `use_fast_variance=False`. Where the mean "
-        "of a row is large beside its spread that cancels; inner outputs are small at initialisation, and may drift. "
+        "flax's LayerNorm computes the variance as mean(x^2) - mean(x)^2 unless `use_fast_variance=False`. Where the "
+        "mean of a row is large beside its spread that cancels; inner outputs start small, and may drift. "
         "In fp32 the variance of a row with mean / std = r loses about r^2 ulps. The PyTorch port computes it in two "
         "passes, so the two official codes differ here.",
     ),
@@ -83,8 +83,8 @@ FINDINGS = (
         "fla-ragged-tail-kernels",
         _FLA,
         "Padded rows of a ragged tail update the bias: kernels",
-        "The same in `chunk_ttt_linear` and `fused_chunk_ttt_linear`: the forward stores masked rows of `v_new`, and sums "
-        "all of them into the bias.",
+        "The same in `chunk_ttt_linear` and `fused_chunk_ttt_linear`: the forward stores masked rows of `v_new`, and "
+        "sums all of them into the bias.",
         "h100",
         _FLA_CORE,
     ),
@@ -92,8 +92,8 @@ FINDINGS = (
         "fla-reference-scales-its-input",
         _FLA,
         "The reference multiplies the caller's q by scale",
-        "`ttt_linear` in `naive.py` says `q *= scale`. For fp32 inputs without padding nothing before it has made a copy, "
-        "so the caller's tensor changes; a second call then scales twice. `q = q * scale` is enough.",
+        "`ttt_linear` in `naive.py` says `q *= scale`. For fp32 inputs without padding nothing before it has made a "
+        "copy, so the caller's tensor changes; a second call then scales twice. `q = q * scale` is enough.",
         packages=_FLA_CORE,
     ),
     Finding(
@@ -117,8 +117,8 @@ FINDINGS = (
         "fla-tf32-backward",
         _FLA,
         "fp32 gradients use tf32, fp32 outputs do not",
-        "The forward kernels ask for `allow_tf32=False`; the products of the backward leave it to Triton's default, which "
-        "is tf32. So a backward in fp32 has the error of tf32, whatever PyTorch's setting is.",
+        "The forward kernels ask for `allow_tf32=False`; the products of the backward leave it to Triton's default, "
+        "which is tf32. So a backward in fp32 has the error of tf32, whatever PyTorch's setting is.",
         "h100",
         _FLA_CORE,
     ),

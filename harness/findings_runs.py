@@ -53,16 +53,19 @@ def worst(key: str, case: Any, inner_model: Any, dtype: Any, tensors: Iterable[s
 
 @_run
 def official_gelu_torch() -> Found:
+    """The official PyTorch step of TTT-MLP in float64."""
     return worst("peer.ttt_lm_torch", "lm-1.3b-small", "mlp", "fp64", tensors=("out",))
 
 
 @_run
 def official_gelu_jax() -> Found:
+    """The official JAX step of TTT-MLP in float64."""
     return worst("peer.ttt_lm_jax", "lm-1.3b-small", "mlp", "fp64", tensors=("out",))
 
 
 @_run
 def official_jax_variance() -> Found:
+    """Rows that vary little beside their mean, through flax's LayerNorm."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -81,6 +84,7 @@ def official_jax_variance() -> Found:
 
 @_run
 def official_torch_half_model() -> Found:
+    """A chain of 32 mini-batches, in a model that was moved to bf16."""
     import torch
 
     from implementations.peers import ttt_lm_torch
@@ -122,6 +126,7 @@ def _fla_inputs(tokens: int, dim: int = 16, device: str = "cpu", dtype: str = "f
 
 @_run
 def fla_ragged_tail_reference() -> Found:
+    """15 tokens in a chunk of 16, against the same 15 in a chunk of 15."""
     from fla.ops.ttt.naive import chunk_ttt_linear_ref
 
     inputs = _fla_inputs(tokens=15)
@@ -136,6 +141,7 @@ def fla_ragged_tail_reference() -> Found:
 
 @_run
 def fla_ragged_tail_kernels() -> Found:
+    """15 tokens in a chunk of 16, against the reference with a chunk of 15."""
     from fla.ops.ttt import chunk_ttt_linear, fused_chunk_ttt_linear
     from fla.ops.ttt.naive import chunk_ttt_linear_ref
 
@@ -153,6 +159,7 @@ def fla_ragged_tail_kernels() -> Found:
 
 @_run
 def fla_reference_scales_its_input() -> Found:
+    """The caller's q, before and after."""
     import torch
     from fla.ops.ttt.naive import chunk_ttt_linear_ref
 
@@ -164,6 +171,7 @@ def fla_reference_scales_its_input() -> Found:
 
 @_run
 def fla_continuous_integration() -> Found:
+    """A gradient of zeros, where small numbers are expected."""
     import os
 
     os.environ["FLA_CI_ENV"] = "1"  # its switch for continuous integration, read at import
@@ -178,6 +186,7 @@ def fla_continuous_integration() -> Found:
 
 @_run
 def fla_mixed_dtypes() -> Found:
+    """bf16 views, fp32 LayerNorm parameters."""
     from fla.ops.ttt import chunk_ttt_linear
 
     inputs = _fla_inputs(tokens=32, device="cuda", dtype="bfloat16")
@@ -194,6 +203,7 @@ def fla_mixed_dtypes() -> Found:
 
 @_run
 def fla_tf32_backward() -> Found:
+    """fp32 against the fp32 reference."""
     import torch
     from fla.ops.ttt import chunk_ttt_linear
     from fla.ops.ttt.naive import chunk_ttt_linear_ref
@@ -216,17 +226,19 @@ def fla_tf32_backward() -> Found:
 
 @_run
 def ttt_tk_eps() -> Found:
+    """Rows whose spread is near sqrt(eps), forward and backward."""
     from dataclasses import replace
 
     from spec.cases import CASES
 
-    sizes = {"batch": 1, "tokens": 256, "heads": 2, "head_dim": 64, "mini_batch": 64, "causal": False}
-    case = replace(CASES["stress-near-constant-rows"], name="near-constant-rows-d64", **sizes)
+    case = replace(CASES["stress-near-constant-rows"], name="near-constant-rows-d64", causal=False)
+    case = replace(case, batch=1, tokens=256, heads=2, head_dim=64, mini_batch=64)
     return worst("peer.ttt_tk", case, "mlp", "bf16", tensors=("out", "d_xk", "d_w2"))
 
 
 @_run
 def ttt_tk_determinism() -> Found:
+    """The backward twice, from the same arrays."""
     from harness import bench
 
     rows = bench.check("peer.ttt_tk", "video-5b-small", inner_model="mlp", dtype="bf16")
@@ -237,6 +249,7 @@ def ttt_tk_determinism() -> Found:
 
 @_run
 def ttt_tk_eps_in_our_page() -> Found:
+    """A backward with eps 1e-8 of a forward with 1e-6, in float64."""
     from unittest.mock import patch
 
     import torch
@@ -245,14 +258,15 @@ def ttt_tk_eps_in_our_page() -> Found:
     from spec.cases import CASES, draw
 
     found = {}
+    page: Any = ttt_mlp
     normalise = blocks.normalise
     for name in ("lm-1.3b-small", "stress-near-constant-rows"):
         problem = CASES[name].problem("mlp", "fp64")
         inputs, cotangents = (type(x)(*map(torch.from_numpy, x)) for x in draw(CASES[name], problem))
-        _, residuals = ttt_mlp.forward(inputs, problem)
-        exact = ttt_mlp.backward(cotangents, residuals, problem)
+        _, residuals = page.forward(inputs, problem)
+        exact = page.backward(cotangents, residuals, problem)
         with patch.object(blocks, "normalise", lambda z, eps: normalise(z, 1e-8)):
-            mixed = ttt_mlp.backward(cotangents, residuals, problem)
+            mixed = page.backward(cotangents, residuals, problem)
         for tensor in ("xk", "w1", "w2"):
             a, b = getattr(mixed, tensor), getattr(exact, tensor)
             found[f"{name}: RMS error of d_{tensor}, relative"] = float((a - b).norm() / b.norm())

@@ -1,8 +1,8 @@
 """Which cells to run: a TOML file of blocks, each a product of axes, narrowed by the command line.
 
-A block lists `cases` (names, `group:small`, either with `:one-lr` at its end; see `one_lr`), and may list `inner_models`, `dtypes`, `matmul_precisions`,
-`passes`, `tokens`, `mini_batches` (both in place of the case's own), `implementations`, or `all_but`
-(implementations to leave out). Grids ship in `harness/grids/`; a path to another TOML file works too.
+A block lists `cases` (names or `group:small`, with `:one-lr` at the end as in `one_lr`), and may list `inner_models`,
+`dtypes`, `matmul_precisions`, `passes`, `tokens`, `mini_batches` (both in place of the case's own), `implementations`,
+or `all_but` (implementations to leave out). Grids ship in `harness/grids/`; a path to another TOML file works too.
 
 The command line replaces an axis in every block. Cases that it names come in their own sizes, since a block's sizes
 are meant for the block's cases; `--tokens` and `--mini-batches` say others.
@@ -54,7 +54,7 @@ class Block:
                 raise ValueError(f"{field.name}: expected a list, got {value!r}")
         for name in (n for n in self.cases if not str(n).startswith("group:")):
             if (plain := str(name).removesuffix(SUFFIX)) not in CASES:
-                raise ValueError(unknown("case", plain, CASES))
+                raise ValueError(unknown("case", name if plain == str(name) else plain, CASES))
         for one, many, known in (
             ("inner model", self.inner_models, INNER_MODELS),
             ("dtype", self.dtypes, DTYPES),

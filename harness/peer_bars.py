@@ -62,8 +62,14 @@ def _tk_values(values: Values) -> None:
     values["ln_bias"] *= 0.2
 
 
-_SIZES = (1, 64, 1, 64, 1.0), (2, 112, 4, 60, 0.1), (2, 1024, 3, 128, 0.1), (2, 1024, 4, 128, 1.0)
-_SIZES += (3, 2000, 4, 128, 0.1), (4, 2048, 8, 64, 0.1)
+_SIZES = (
+    (1, 64, 1, 64, 1.0),
+    (2, 112, 4, 60, 0.1),
+    (2, 1024, 3, 128, 0.1),
+    (2, 1024, 4, 128, 1.0),
+    (3, 2000, 4, 128, 0.1),
+    (4, 2048, 8, 64, 0.1),
+)
 FLA_CASES = tuple(
     with_one_lr(
         Case(
@@ -100,7 +106,7 @@ def over_the_bar(rows: Iterable[ParityRow], ratios: Mapping[str, float] = FLA_RA
 def add_parser(commands: Any) -> None:
     """Add the command `bars`."""
     command = commands.add_parser("bars", help="hold implementations to the peers' own tests, and to our rule")
-    command.add_argument("implementations", nargs="+", metavar="KEY", help="keys or folders: torch.eager,peer.fla_chunk")
+    command.add_argument("implementations", nargs="+", metavar="KEY", help="keys or folders: torch.eager jax")
     command.add_argument("--longest", type=int, default=4096, metavar="T", help="leave out longer cases")
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     command.set_defaults(command=run)

@@ -106,7 +106,7 @@ def test_the_extra_has_the_tested_versions():
 @pytest.mark.parametrize("grid", ["parity", "default", "bench", "gpu", "gpu-scaling"])
 def test_no_grid_runs_peers_unasked(grid):
     assert not [cell for cell in load(grid, {}) if cell.entry.key.startswith("peer.")]
-    assert [cell for cell in load(grid, {"implementations": ["peer"]})]
+    assert len(load(grid, {"implementations": ["peer"]})) > 0
 
 
 def test_the_grids_of_peers_have_all_of_them():
@@ -129,7 +129,7 @@ def test_one_lr_is_the_same_in_a_mini_batch_and_else_what_it_was():
     assert problem.one_lr and problem.tokens == case.tokens
     lr = draw(with_one, problem)[0].lr.astype(np.float32).reshape(2, 4, 16, 4)
     assert (lr == lr[:, :, :1]).all() and len(np.unique(lr)) > 8
-    assert [cell.case.name for cell in load("peers", {"cases": ["size-d16:one-lr"]})][0] == "size-d16:one-lr"
+    assert {cell.case.name for cell in load("peers", {"cases": ["size-d16:one-lr"]})} == {"size-d16:one-lr"}
 
 
 def judged(page, case: Case, problem: Problem, framework: str, tmp_path: Path) -> dict[str, float]:
@@ -185,7 +185,6 @@ def test_their_truncated_gelu_shows_in_fp64_and_is_not_repaired(key, tmp_path):
     problem = CASES["size-d16"].problem("mlp", "fp64")
     ratios = judged(entry.page(problem), CASES["size-d16"], problem, entry.framework, tmp_path)
     assert ratios["final_b1"] > 1e3
-    assert ratios["final_b2"] < 1e9
     linear = replace(problem, inner_model="linear")
     assert max(judged(entry.page(linear), CASES["size-d16"], linear, entry.framework, tmp_path).values()) <= 1
 

@@ -1,4 +1,6 @@
-"""TTT-Linear of flash-linear-attention (tested: 0.6.0), whose dialect differs in three things:
+"""TTT-Linear of flash-linear-attention (tested: 0.6.0).
+
+Its dialect differs from this spec in three things:
 
     eta[i]  is a learning rate of the token that reads, [B T H 1]; the state is updated with that of the chunk's last
             token. With one lr for all tokens of a mini-batch that is this spec's eta[i, j] = token_eta[i] lr[j].

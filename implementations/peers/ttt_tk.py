@@ -52,10 +52,8 @@ def forward(inputs: MlpInputs, problem: Problem) -> tuple[MlpOutputs, Residuals]
     checkpoints = tuple(x.new_empty(*x.shape[:2], n // size + 1, *x.shape[2:]) for x in state)
     out = torch.empty_like(_longer(xq))
     test_time_training.ttt_forward(*map(_longer, (*views, last_eta)), *norm, *state, *checkpoints, out, size)
-    final_w1, final_b1, final_w2, final_b2 = (x[:, :, -1] for x in checkpoints)
-    outputs = MlpOutputs(
-        _join(out[:, :, :n]), final_w1.clone(), final_b1.squeeze(2).clone(), final_w2.clone(), final_b2.squeeze(2).clone()
-    )
+    final_w1, final_b1, final_w2, final_b2 = (x[:, :, -1].clone() for x in checkpoints)
+    outputs = MlpOutputs(_join(out[:, :, :n]), final_w1, final_b1.squeeze(2), final_w2, final_b2.squeeze(2))
     kept = tuple(x[:, :, :-1].contiguous() for x in checkpoints)
     return outputs, Residuals(inputs, views, last_eta, norm, kept, out[:, :, :n].contiguous())
 
