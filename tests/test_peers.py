@@ -233,3 +233,76 @@ def test_an_unregistered_one_can_be_labelled_too(installed):
     installed(mine="2")
     entry = Implementation("mine.fast", "torch", {"linear": "some.page"}, tested={"mine": "1"})
     assert entry.versions() == "mine==2 (tested: 1)"
+
+
+# --- ttt-tk, whose kernels need a Hopper: the mapping alone, on a stand-in with its signatures ---
+
+
+def ttt_tk_stand_in():
+    """A module with ttt-tk's two functions, computed by this lab's page in fp32."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from implementations.torch import ttt_mlp
+    from spec.tensors import MlpInputs, MlpOutputs
+
+    def solve(xq, xk, xv, last_eta, weight, bias, state):
+        assert all(x.is_contiguous() for x in (xq, xk, xv, last_eta, weight, bias, *state))
+        assert last_eta.dtype == torch.bfloat16 and weight.shape == (1, xq.shape[1], 1, 64)
+        batch, heads, n, m, dim = xq.shape
+        views = [x.movedim(1, 3).flatten(1, 2).float() for x in (xq, xk, xv, last_eta)]
+        rows = weight[0, :, 0], bias[0, :, 0]
+        inputs = MlpInputs(*views[:3], views[3][..., 0], torch.ones(m), *rows, *(x.squeeze(2) for x in state))
+        problem = Problem("mlp", batch, n * m, heads, dim, m, causal=False)
+        return inputs, problem, ttt_mlp.forward(inputs, problem)
+
+    def ttt_forward(xq, xk, xv, last_eta, weight, bias, w1, b1, w2, b2, *rest):
+        *checkpoints, out, group = rest
+        _, problem, (outputs, residuals) = solve(xq, xk, xv, last_eta, weight, bias, (w1, b1, w2, b2))
+        out.copy_(outputs.out.unflatten(1, (problem.mini_batches, 64)).movedim(3, 1))
+        assert checkpoints[0].shape[2] == -(-problem.mini_batches // group)
+        for number, state in enumerate(residuals.states[::group]):
+            for kept, x in zip(checkpoints, state, strict=True):
+                kept[:, :, number] = x
+
+    def ttt_backward(xq, xk, xv, last_eta, weight, bias, *rest):
+        checkpoints, rest = rest[:4], rest[5 + 16 :]  # the output, and 16 buffers
+        assert checkpoints[0].shape[2] * rest[-1] == xq.shape[2]
+        state = [x[:, :, 0].contiguous() for x in checkpoints]
+        inputs, problem, (_, residuals) = solve(xq, xk, xv, last_eta, weight, bias, state)
+        cotangents = MlpOutputs(
+            rest[4].movedim(1, 3).flatten(1, 2).float(), *(x.squeeze(2) if x.shape[2] == 1 else x for x in rest[:4])
+        )
+        d = ttt_mlp.backward(cotangents, residuals, problem)
+
+        def split(x):
+            return x.unflatten(1, (problem.mini_batches, 64)).movedim(3, 1)
+
+        found = d.ln_weight[:, None], d.ln_bias[:, None], d.w1, d.b1, d.w2, d.b2
+        found += split(d.lr.unsqueeze(-1)), split(d.xq), split(d.xk), split(d.xv)
+        for number, (target, x) in enumerate(zip(rest[5:-1], found, strict=True)):
+            if number < 2:  # a row for each of the batch
+                target[0] = x
+            else:
+                target.copy_(x.view_as(target))
+        assert len(inputs) == 11
+
+    return SimpleNamespace(ttt_forward=ttt_forward, ttt_backward=ttt_backward)
+
+
+@pytest.mark.parametrize("name", ["video-5b-small", "a batch of 2, 3 mini-batches"])
+def test_what_ttt_tk_takes_and_gives_is_mapped_both_ways(name, monkeypatch, tmp_path):
+    import torch
+
+    monkeypatch.setitem(sys.modules, "test_time_training", ttt_tk_stand_in())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delitem(sys.modules, "implementations.peers.ttt_tk", raising=False)
+    entry = implementations()["peer.ttt_tk"]
+    case = CASES.get(name) or replace(CASES["video-5b-small"], name=name, batch=2, tokens=192)
+    problem = case.problem("mlp", "bf16")
+    page = entry.page(problem)
+    monkeypatch.delitem(sys.modules, "implementations.peers.ttt_tk")
+    ratios = judged(page, case, problem, "torch", tmp_path)
+    assert len(ratios) == 16
+    assert max(ratios.values()) <= 1.5, ratios  # its bf16 eta is the peer's own; a wrong mapping costs a hundred
