@@ -76,7 +76,8 @@ def examine(
         pulled_back = page.backward(pulled, residuals, problem)
         validate(pulled_back, INPUTS, problem)
         gradients = framework.numpy(pulled_back)
-        checks += _compare(gradients, truth.gradients, problem, "d_", token_eta=truth.token_eta_scale)
+        found, true = _of_one_lr(gradients, problem), _of_one_lr(truth.gradients, problem)
+        checks += _compare(found, true, problem, "d_", token_eta=truth.token_eta_scale)
         repeated = framework.numpy(page.backward(pulled, residuals, problem))
         faults["d_xq"] = (
             _difference("backward changed the input", inputs, framework.numpy(given))
@@ -89,6 +90,14 @@ def examine(
     framework.poison()
     faults |= _unequal(outputs, framework.numpy(page.forward(given, problem)[0]))
     return [replace(check, fault=check.fault or faults.get(check.tensor)) for check in checks]
+
+
+def _of_one_lr(gradients: Inputs, problem: Problem) -> Inputs:
+    """Where a mini-batch has one lr, `d_lr` is the sum over its tokens, [B N H]: how it is shared out means nothing."""
+    if not getattr(problem, "one_lr", False):
+        return gradients
+    cut = gradients.lr.reshape(problem.batch, problem.mini_batches, problem.mini_batch, problem.heads)
+    return gradients._replace(lr=cut.astype(np.float64).sum(2))
 
 
 def _compare(found: Any, true: Any, problem: Problem, prefix: str = "", **scales: np.ndarray) -> list[TensorCheck]:

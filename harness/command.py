@@ -17,12 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness import (
+    bench_command,
     ceilings,
     compare_command,
     doctor,
     environment,
+    findings,
     grid,
     parity,
+    peer_bars,
     plots,
     records,
     report,
@@ -271,7 +274,10 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--status", action="store_true", help="say what is done and what is left, and measure nothing")
     command.set_defaults(command=_sweep)
 
+    bench_command.add_parser(commands)
+    peer_bars.add_parser(commands)
     compare_command.add_parser(commands)
+    findings.add_parser(commands)
 
     command = commands.add_parser("doctor", help="show that the checker catches planted faults")
     command.set_defaults(command=_doctor)

@@ -1,8 +1,8 @@
 """Which cells to run: a TOML file of blocks, each a product of axes, narrowed by the command line.
 
-A block lists `cases` (names, or `group:small`), and may list `inner_models`, `dtypes`, `matmul_precisions`,
-`passes`, `tokens`, `mini_batches` (both in place of the case's own), `implementations`, or `all_but`
-(implementations to leave out). Grids ship in `harness/grids/`; a path to another TOML file works too.
+A block lists `cases` (names or `group:small`, with `:one-lr` at the end as in `one_lr`), and may list `inner_models`,
+`dtypes`, `matmul_precisions`, `passes`, `tokens`, `mini_batches` (both in place of the case's own), `implementations`,
+or `all_but` (implementations to leave out). Grids ship in `harness/grids/`; a path to another TOML file works too.
 
 The command line replaces an axis in every block. Cases that it names come in their own sizes, since a block's sizes
 are meant for the block's cases; `--tokens` and `--mini-batches` say others.
@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.one_lr import SUFFIX, with_one_lr
 from implementations.registry import Implementation, select, unknown
 from spec.cases import CASES, Case
 from spec.problem import DTYPES, INNER_MODELS, PASSES, Pass, Problem
@@ -52,8 +53,8 @@ class Block:
             if value is not None and not isinstance(value, (list, tuple)):
                 raise ValueError(f"{field.name}: expected a list, got {value!r}")
         for name in (n for n in self.cases if not str(n).startswith("group:")):
-            if name not in CASES:
-                raise ValueError(unknown("case", name, CASES))
+            if (plain := str(name).removesuffix(SUFFIX)) not in CASES:
+                raise ValueError(unknown("case", name if plain == str(name) else plain, CASES))
         for one, many, known in (
             ("inner model", self.inner_models, INNER_MODELS),
             ("dtype", self.dtypes, DTYPES),
@@ -77,11 +78,14 @@ class Block:
                     yield Cell(entry, case, problem, tuple(self.passes))  # type: ignore[arg-type]
 
     def _cases(self) -> Iterator[Case]:
-        for name in self.cases:
+        for full in self.cases:
+            name = full.removesuffix(SUFFIX)
             group = name.removeprefix("group:")
             found = [case for case in CASES.values() if case.group == group] if group != name else [CASES[name]]
             if not found:
                 raise ValueError(unknown("case group", group, sorted({case.group for case in CASES.values()})))
+            if full != name:
+                found = [with_one_lr(case) for case in found]
             for case, tokens, mini_batch in product(found, self.tokens or (None,), self.mini_batches or (None,)):
                 yield _resized(case, tokens, mini_batch)
 

@@ -177,7 +177,7 @@ def _rows(
         "truth": affordable_form(cell.problem),
         "source_hash": cell.entry.source_hash(),
         "git_sha": settings.stamp.git_sha,
-        "versions": settings.stamp.versions,
+        "versions": versions(cell, settings.stamp),
         "started_at": settings.stamp.started_at,
         "fingerprint": settings.stamp.fingerprint,
     }
@@ -207,8 +207,14 @@ def _rows(
     return rows
 
 
+def versions(cell: Cell, stamp: Stamp) -> str:
+    """The versions of the run's packages, and of those that do the work of this cell's implementation."""
+    return " ".join(filter(None, (stamp.versions, cell.entry.versions())))
+
+
 def cell_columns(cell: Cell) -> dict[str, Any]:
     """The columns that say which cell a row is of, as both result files have them."""
     columns = asdict(cell.problem)
     del columns["eps"]
+    columns.pop("one_lr", None)  # the case's name says it
     return columns | {"implementation": cell.entry.key, "case": cell.case.name}

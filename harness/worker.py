@@ -141,7 +141,7 @@ def _serve(connection: Connection, log: str, environment: Mapping[str, str]) -> 
 def classify(error: BaseException) -> tuple[Status, str]:
     """The status and the one-line reason of a result row for an exception."""
     name, text = type(error).__name__, str(error)
-    if isinstance(error, Unsupported):
+    if isinstance(error, (Unsupported, NotImplementedError)):  # the latter from a page, which knows no harness
         return "unsupported", text
     if isinstance(error, MemoryError) or "OutOfMemory" in name or "RESOURCE_EXHAUSTED" in text:
         return "oom", f"out of memory: {text.splitlines()[0] if text else name}"[:200]

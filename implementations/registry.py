@@ -13,8 +13,8 @@ import hashlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
-from importlib.metadata import entry_points
+from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -46,6 +46,8 @@ class Implementation:
         requires: import names it needs beside its framework.
         supports: None if it can solve a problem, else the reason in one line.
         supports_on_cpu: the same for a CPU alone, where a kernel for a GPU runs in a slow simulator or interpreter.
+        tested: the packages that do its work, and the version of each that it was tested with; another version is
+            run, and its rows say so.
         kernels: the module with `static_kernels() -> Iterable[TritonKernel | CudaKernel]`, the GPU kernels that its
             pages launch (see `implementations.kernels`), for the report that compiles them; empty if it has none.
     """
@@ -61,6 +63,7 @@ class Implementation:
     supports_on_cpu: Callable[[Problem], str | None] = supports_all
     kernels: str = ""
     timed_on: tuple[Device, ...] = ("cpu", "cuda")
+    tested: Mapping[str, str] = field(default_factory=dict)
 
     def unsupported(self, problem: Problem, device: Device) -> str | None:
         """Why this implementation cannot solve `problem` on `device`, or None; imports nothing."""
@@ -77,6 +80,9 @@ class Implementation:
         for name in (self.framework, *self.requires):
             if not _is_installed(name):
                 return f"{name} is not installed"
+        for name in self.tested:
+            if not _version(name):
+                return f"{name} is not installed: pip install '{name}=={self.tested[name]}'"
         return self.supports_on_cpu(problem) if device == "cpu" else None
 
     def untimed(self, problem: Problem, device: Device) -> str | None:
@@ -85,11 +91,20 @@ class Implementation:
             return reason
         return None if device in self.timed_on else f"runs on a {device} in a simulator, which is not timed"
 
+    def versions(self) -> str:
+        """The installed versions of the `tested` packages, as `name==version` separated by spaces."""
+        found = ((name, _version(name), expected) for name, expected in self.tested.items())
+        return " ".join(
+            f"{name}=={installed}" + (f" (tested: {expected})" if installed != expected else "")
+            for name, installed, expected in found
+            if installed
+        )
+
     def __reduce__(self) -> tuple[Callable[..., Implementation], tuple[Any, ...]]:
         """Into another process a registered one goes by its key, so that `supports` may be a lambda."""
         if implementations().get(self.key) == self:
             return _registered, (self.key,)
-        return Implementation, tuple(getattr(self, field.name) for field in fields(self))
+        return Implementation, tuple(getattr(self, each.name) for each in fields(self))
 
     def page(self, problem: Problem) -> ModuleType:
         """The module that solves `problem`; imports its framework."""
@@ -100,8 +115,14 @@ class Implementation:
         return tuple(importlib.import_module(self.kernels).static_kernels()) if self.kernels else ()
 
     def source_hash(self) -> str:
-        """Of the source of its pages, of what they import from their own package, of its kernels and of `spec/`."""
-        return _hash_of_pages(tuple(self.pages.values()))
+        """Of the source of its pages, of what they import from their own package, of its kernels and of `spec/`.
+
+        And of the installed versions of the packages that it was tested with.
+        """
+        pages = _hash_of_pages(tuple(self.pages.values()))
+        if not self.tested:
+            return pages
+        return hashlib.sha256(f"{pages} {self.versions()}".encode()).hexdigest()[:12]
 
 
 def implementations() -> dict[str, Implementation]:
@@ -155,6 +176,13 @@ def _is_installed(name: str) -> bool:
         return False
 
 
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 @functools.cache  # the source of a process does not change
 def _hash_of_pages(names: tuple[str, ...]) -> str:
     files = set(Path(problem_module.__file__).parent.glob("*.py"))
@@ -193,7 +221,7 @@ def _add_sources(name: str, files: set[Path]) -> None:
 
 
 def _built_in() -> Iterable[Implementation]:
-    for folder in ("torch", "jax", "triton", "cuda"):
+    for folder in ("torch", "jax", "triton", "cuda", "peers"):
         yield from importlib.import_module(f"implementations.{folder}").ENTRIES
 
 

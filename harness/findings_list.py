@@ -1,0 +1,149 @@
+"""What `docs/findings.md` says in words: one `Finding` for each function of `findings_runs`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+INTRODUCTION = """\
+Places where public TTT code departs from the exact operation, from its own forward, or from what its tests say. They
+are written for its maintainers: each has the smallest case that shows it, what was measured and where, and the code
+that measured it. "Allowed" is this lab's rule: twice the error of the plain PyTorch dual form in the same dtype, plus a
+few ulps, against a float64 oracle ([`harness/rule.py`](../harness/rule.py)). Many of these are small, and some are a
+choice rather than a fault; the text says which. This page is generated: `python -m harness findings`."""
+
+NOT_RUN = """\
+Nothing is claimed here of ttt-video-dit, ttt-lm-kernels and ttt-rs: this lab has no adapter that runs them yet."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One departure: `name` is its function's in `findings_runs`, with dashes; `packages` those that it runs."""
+
+    name: str
+    project: str
+    title: str
+    text: str
+    needs: Literal["any", "h100"] = "any"
+    packages: tuple[str, ...] = ()
+
+
+_OFFICIAL_JAX = "ttt-lm-jax"
+_OFFICIAL_TORCH = "ttt-lm-pytorch"
+_FLA = "flash-linear-attention"
+_TK = "ttt-tk (test-time-training)"
+_FLA_CORE = ("fla-core",)
+_TK_PACKAGE = ("test-time-training",)
+
+FINDINGS = (
+    Finding(
+        "official-gelu-torch",
+        _OFFICIAL_TORCH,
+        "The derivative of gelu has constants of eight digits",
+        "`gelu_bwd` writes 0.79788456 for sqrt(2 / pi) and 0.1070322243 for its product with 3 * 0.044715, while the "
+        "forward is PyTorch's own gelu with exact ones. So the inner gradient of TTT-MLP is not the derivative of the "
+        "inner loss beyond about nine digits: invisible in fp32 and below, visible to a check in fp64 "
+        "(`torch.autograd.gradcheck`). The JAX code has the same lines. `math.sqrt(2 / math.pi)` "
+        "costs nothing.",
+    ),
+    Finding(
+        "official-gelu-jax",
+        _OFFICIAL_JAX,
+        "The derivative of gelu has constants of eight digits",
+        "As in the PyTorch code: `diff_gelu` against `nn.gelu`.",
+    ),
+    Finding(
+        "official-jax-variance",
+        _OFFICIAL_JAX,
+        "The inner LayerNorm takes its variance as a difference of two means",
+        "flax's LayerNorm computes the variance as mean(x^2) - mean(x)^2 unless `use_fast_variance=False`. Where the "
+        "mean of a row is large beside its spread that cancels; inner outputs start small, and may drift. "
+        "In fp32 the variance of a row with mean / std = r loses about r^2 ulps. The PyTorch port computes it in two "
+        "passes, so the two official codes differ here.",
+    ),
+    Finding(
+        "official-torch-half-model",
+        _OFFICIAL_TORCH,
+        "A model moved to bf16 keeps its fast weights in bf16",
+        "The fast weights have the dtype of the parameters they start from, so `model.to(torch.bfloat16)` or "
+        '`torch_dtype="bfloat16"` rounds them after every mini-batch. The default, fp32, does not. It is a choice of '
+        "whoever moves the model; a cast of the state to fp32 in `TTTBase` would make it harmless.",
+    ),
+    Finding(
+        "fla-ragged-tail-reference",
+        _FLA,
+        "Padded rows of a ragged tail update the bias: reference",
+        "With T not a multiple of the chunk, rows that stand for no token have xk = 0 and xv = 0 but not g = 0: their "
+        "inner output is the bias alone, and its gradient is not zero. The weights are safe, since xk = 0; the bias "
+        "is not. `chunk_ttt_linear_ref` pads in the same way as the kernels, so the tests compare equal. Masking the "
+        "gradient of rows past T, as the backward does, is enough.",
+        packages=_FLA_CORE,
+    ),
+    Finding(
+        "fla-ragged-tail-kernels",
+        _FLA,
+        "Padded rows of a ragged tail update the bias: kernels",
+        "The same in `chunk_ttt_linear` and `fused_chunk_ttt_linear`: the forward stores masked rows of `v_new`, and "
+        "sums all of them into the bias.",
+        "h100",
+        _FLA_CORE,
+    ),
+    Finding(
+        "fla-reference-scales-its-input",
+        _FLA,
+        "The reference multiplies the caller's q by scale",
+        "`ttt_linear` in `naive.py` says `q *= scale`. For fp32 inputs without padding nothing before it has made a "
+        "copy, so the caller's tensor changes; a second call then scales twice. `q = q * scale` is enough.",
+        packages=_FLA_CORE,
+    ),
+    Finding(
+        "fla-continuous-integration",
+        _FLA,
+        "In continuous integration a failed comparison is a warning",
+        "With `FLA_CI_ENV` set, `assert_close` warns, where it would fail, if the relative error is below 0.01 or the "
+        "largest difference at most 0.3. Many gradients are smaller than 0.3 throughout: a gradient of zeros passes. "
+        "`tests/ops/test_ttt.py` (as of 0315a70) also skips every case with T above 1000, which leaves two of six.",
+        packages=_FLA_CORE,
+    ),
+    Finding(
+        "fla-mixed-dtypes",
+        _FLA,
+        "fp32 LayerNorm parameters beside bf16 views do not compile in the backward",
+        "Parameters that stay in fp32 are common in mixed-precision training; the forward takes them.",
+        "h100",
+        _FLA_CORE,
+    ),
+    Finding(
+        "fla-tf32-backward",
+        _FLA,
+        "fp32 gradients use tf32, fp32 outputs do not",
+        "The forward kernels ask for `allow_tf32=False`; the products of the backward leave it to Triton's default, "
+        "which is tf32. So a backward in fp32 has the error of tf32, whatever PyTorch's setting is.",
+        "h100",
+        _FLA_CORE,
+    ),
+    Finding(
+        "ttt-tk-eps",
+        _TK,
+        "LayerNorm eps is 1e-6 in the forward and 1e-8 in the backward",
+        "Where the variance of a row is not large beside 1e-6, the backward is that of another function. The reference "
+        "in its tests has 1e-8 in both.",
+        "h100",
+        _TK_PACKAGE,
+    ),
+    Finding(
+        "ttt-tk-eps-in-our-page",
+        _TK,
+        "What that mismatch of eps costs, without a GPU",
+        "The same mismatch put into this lab's PyTorch page in float64, on rows whose spread is near sqrt(eps): the "
+        "error is that of the mismatch alone.",
+    ),
+    Finding(
+        "ttt-tk-determinism",
+        _TK,
+        "Two runs of the backward differ",
+        "Gradients are summed over the blocks of a cluster by asynchronous adds in bf16, whose order is free.",
+        "h100",
+        _TK_PACKAGE,
+    ),
+)

@@ -1,0 +1,100 @@
+"""The bench as a library and as `harness measure`: what is registered nowhere is checked and timed all the same."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+from harness import bench
+from implementations.registry import Implementation, implementations
+from implementations.torch import ttt_linear
+from spec.problem import Problem
+from tests import toy
+from tests.conftest import command, finish
+
+CASE = "size-d16"
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        "tests.toy",
+        "tests.toy:ENTRY",
+        toy,
+        toy.ENTRY,
+        (toy.forward, toy.backward),
+        "torch.autograd",
+    ],
+    ids=["name", "entry name", "module", "entry", "functions", "key"],
+)
+def test_what_may_be_handed_over(candidate):
+    entry = bench.implementation(candidate)
+    page = entry.page(Problem("linear", 1, 16, 1, 16, 16))
+    assert callable(page.forward) and callable(page.backward)
+    assert "backward" in entry.passes
+    assert entry.key in implementations() or entry.key.startswith(("tests.toy", "toy."))
+
+
+def test_what_is_right_is_right_in_every_tensor():
+    rows = bench.check((toy.forward, toy.backward), CASE, device="cpu")
+    assert {row.implementation for row in rows} == {"tests.toy.forward"}
+    assert {row.status for row in rows} == {"ok"}
+    assert [row.tensor for row in rows][:2] == ["out", "final_w1"] and len(rows) == 12
+
+
+def test_what_is_wrong_is_wrong_and_never_timed():
+    checked, timed = bench.check_and_measure(
+        (toy.wrong_forward, toy.backward), CASE, device="cpu", beside=["torch.eager"], passes=["forward"]
+    )
+    assert {row.tensor for row in checked if row.status == "wrong"} == {"out"}
+    status = {row.implementation: row.status for row in timed}
+    assert status == {"tests.toy.wrong_forward": "wrong", "torch.eager": "ok"}
+
+
+def test_a_forward_alone_has_no_other_pass():
+    rows = bench.measure(toy.forward, CASE, device="cpu")
+    assert {row.pass_: row.status for row in rows} == {"forward": "ok", "forward_backward": "unsupported"}
+    assert all(row.device_ms > 0 for row in rows if row.status == "ok")
+
+
+def test_a_crash_costs_its_own_rows_only():
+    rows = bench.measure(toy.crash, CASE, device="cpu", beside=["torch.eager"], passes=["forward"])
+    assert {row.implementation: row.status for row in rows} == {"tests.toy.crash": "crash", "torch.eager": "ok"}
+
+
+@pytest.mark.parametrize(
+    "candidate, message",
+    [
+        (lambda inputs, problem: None, "expected what another process can import: put it into a module, got "),
+        ((toy.forward, 3), "candidate: expected .forward, backward., got "),
+        (3, "candidate: expected an Implementation, a module or functions, got 3"),
+        (ModuleType("empty"), "empty: expected a function forward in it, got none"),
+        ("no.such:THING", "no.such:THING: expected a key or package.module:ENTRY, got No module named 'no'"),
+        ("tests.toy:THING", "tests.toy:THING: expected a key or package.module:ENTRY, got .*no attribute 'THING'"),
+        (
+            Implementation("a.lambda", "torch", {"linear": ttt_linear.__name__}, supports=lambda problem: None),
+            "a.lambda: expected what another process can import",
+        ),
+    ],
+    ids=["lambda", "pair", "number", "module", "name", "attribute", "entry"],
+)
+def test_what_cannot_be_run_is_one_clear_line(candidate, message):
+    with pytest.raises(ValueError, match=message):
+        bench.check(candidate, CASE, device="cpu")
+
+
+def test_an_unknown_case_lists_the_valid_ones():
+    with pytest.raises(ValueError, match=r"unknown case 'size-d17' \(did you mean size-d16\?\)"):
+        bench.check(toy, "size-d17", device="cpu")
+
+
+def test_the_command_measures_a_module_in_the_current_folder(tmp_path):
+    (tmp_path / "mine.py").write_text("from implementations.torch.ttt_linear import backward, forward\n")
+    arguments = "measure", "mine", "--case", CASE, "--device", "cpu", "--passes", "forward"
+    code, text = finish(command(tmp_path, *arguments))
+    assert code == 0, text
+    assert "12/12" in text and "median ms of one call" in text
+    code, text = finish(command(tmp_path, *arguments, "--check-only", "--dtype", "fp64"))
+    assert code == 0 and "median" not in text
+    assert finish(command(tmp_path, "measure", "nobody"))[0] == 2

@@ -1,0 +1,64 @@
+"""The findings: every one has words and code, and the page says what was measured, where, and what was not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from harness import findings, findings_runs
+from harness.command import main
+from harness.findings_list import FINDINGS, Finding
+
+
+def test_every_finding_has_a_function_and_every_function_a_finding():
+    assert sorted(finding.name for finding in FINDINGS) == sorted(findings_runs.RUNS)
+    assert all(finding.title and len(finding.text) > 20 for finding in FINDINGS)
+
+
+def test_the_committed_page_is_that_of_the_committed_numbers():
+    measured = json.loads((findings.FOLDER / "findings.json").read_text(encoding="utf-8"))
+    assert set(measured) <= set(findings_runs.RUNS)
+    assert (findings.FOLDER / "findings.md").read_text(encoding="utf-8") == findings.render(FINDINGS, measured)
+
+
+def test_the_page_says_what_was_measured_and_what_was_not():
+    some = [f for f in FINDINGS if f.name in ("official-gelu-torch", "ttt-tk-eps")]
+    entry = {"found": {"an | error": 0.12345}, "machine": "a CPU", "versions": "x==1", "started_at": "2026-01-02T03:04"}
+    page = findings.render(some, {"official-gelu-torch": entry})
+    assert "| an | error | 0.123 |" in page and "On a CPU, 2026-01-02, with x==1." in page
+    assert page.count("Not measured yet: it needs an H100.") == 1
+    assert "To reproduce: `python -m harness findings ttt-tk-eps`" in page and "def ttt_tk_eps() -> Found:" in page
+
+
+def test_what_was_measured_elsewhere_stays(tmp_path, capsys):
+    kept = {"ttt-tk-eps": {"found": {"error": 1.0}, "machine": "an H100", "versions": "", "started_at": "2026-01-02T"}}
+    (tmp_path / "findings.json").write_text(json.dumps(kept))
+    assert main(["findings", "ttt-tk-eps-in-our-page", "--folder", str(tmp_path)]) == 0
+    measured = json.loads((tmp_path / "findings.json").read_text())
+    assert measured["ttt-tk-eps"] == kept["ttt-tk-eps"]
+    found = measured["ttt-tk-eps-in-our-page"]["found"]
+    assert found["stress-near-constant-rows: RMS error of d_xk, relative"] > 1
+    assert found["lm-1.3b-small: RMS error of d_xk, relative"] > 1e-4
+
+
+def test_what_does_not_reproduce_is_not_written(tmp_path, monkeypatch):
+    broken = Finding("no-such-run", "a project", "a title", "some text that is long enough")
+    found, error = findings.reproduce(broken)
+    assert found == {} and error.startswith("did not run (exit code 1): KeyError")
+    monkeypatch.setattr(findings, "reproduce", lambda finding: ({}, "did not run"))
+    assert main(["findings", "ttt-tk-eps-in-our-page", "--folder", str(tmp_path)]) == 1
+    assert json.loads((tmp_path / "findings.json").read_text()) == {}
+
+
+def test_an_unknown_finding_lists_the_valid_ones(tmp_path, capsys):
+    assert main(["findings", "ttt-tk-ep", "--folder", str(tmp_path)]) == 2
+    assert "did you mean ttt-tk-eps?" in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize("name", [f.name for f in FINDINGS if f.packages and f.needs == "any"])
+def test_what_needs_a_peer_reproduces_where_it_is_installed(name):
+    pytest.importorskip("fla")
+    finding = next(f for f in FINDINGS if f.name == name)
+    found, error = findings.reproduce(finding)
+    assert error is None and found
