@@ -29,7 +29,7 @@ from harness.ceilings import Ceilings
 from harness.device_clock import CuptiClock
 from harness.environment import Stamp
 from harness.grid import Cell
-from harness.parity import Settings, cell_columns
+from harness.parity import Settings, cell_columns, versions
 from harness.rows import ParityRow, Row, SampleRow, SweepRow
 from harness.timing import Block, Cache, Ready, Subject, percentiles
 from harness.worker import Failure, Worker
@@ -324,7 +324,7 @@ def _blank(cell: Cell, pass_: Pass, checked: list[ParityRow], stamp: Stamp, limi
         cuda=stamp.cuda,
         git_sha=stamp.git_sha,
         source_hash=cell.entry.source_hash(),
-        versions=stamp.versions,
+        versions=versions(cell, stamp),
         started_at=stamp.started_at,
         device=stamp.device,
         fingerprint=stamp.fingerprint,
@@ -360,11 +360,11 @@ def _is_current(row: ParityRow | SweepRow, stamp: Stamp) -> bool:
 
 
 def _cell_key(row: ParityRow | SweepRow) -> tuple[Any, ...]:
-    return (*_place(row), row.source_hash)
+    return (*_place(row), row.source_hash, row.versions)
 
 
 def _cell_key_of(cell: Cell, stamp: Stamp) -> tuple[Any, ...]:
-    return (*_place_of(cell, stamp.device), cell.entry.source_hash())
+    return (*_place_of(cell, stamp.device), cell.entry.source_hash(), versions(cell, stamp))
 
 
 def _place(row: Any) -> tuple[Any, ...]:
