@@ -1,0 +1,343 @@
+"""TTT-Linear in Triton, one program a (batch, head): the page to read first.
+
+A program walks the mini-batches of its chain with the fast weights in fp32 registers. Everything of a mini-batch
+happens in one turn of the loop: the inner gradient, the read-out and the update
+
+    z1     = xk w1 + b1
+    g_z1   = d(1/2 ||LN(z1) - (xv - xk)||^2) / dz1
+    z1_bar = xq w1 + b1 - (eta * (tril(xq xk^T) + tril(1))) g_z1      causal, eta[i, j] = token_eta[i] lr[j]
+           = xq w1' + b1'                                             not causal
+    out    = xq + LN(z1_bar)
+    w1'    = w1 - token_eta[M-1] (lr xk)^T g_z1
+    b1'    = b1 - token_eta[M-1] sum_j lr_j g_z1_j
+
+The operands of products are rounded to the I/O dtype where `implementations/torch/ttt_linear.py` rounds them.
+
+Memory. The forward reads the inputs once, writes `out` once, and saves the fast weights of every G-th mini-batch:
+4 (D^2 + D) / (G M) bytes a token and head, at D = 64 and M = 16 (M = 64)
+
+    G        1     4    16    64
+    bytes 1040   260    65    16   (260    65    16     4)
+
+beside 386 for the inputs in bf16. The backward recomputes the weights of one group at a time into a scratch buffer of
+G + 1 matrices a chain, in the I/O dtype, since only products read them: G = 16 keeps it in the L2 cache of an H100
+(18 MB for the 128 chains of lm-1.3b).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from implementations.kernels import TritonKernel
+from implementations.triton.arguments import Shared, State, View, block_d, check, empty, tokens, view
+from implementations.triton.blocks import (
+    inner_gradient,
+    inner_gradient_backward,
+    load_matrix,
+    load_row,
+    load_tokens,
+    matmul,
+    matmul_add,
+    nearest,
+    normalise,
+    project,
+    store_matrix,
+    store_row,
+    store_tokens,
+    token_pointers,
+)
+from spec.problem import ARRAY_DTYPE, Problem
+from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
+
+GROUP = 16  # G: mini-batches between two saved states
+
+
+class Residuals(NamedTuple):
+    """What the backward needs: the inputs, and the fast weights of every `group`-th mini-batch."""
+
+    inputs: LinearInputs
+    saved_w1: Tensor  # [B, H, ceil(N / G), D, D]
+    saved_b1: Tensor  # [B, H, ceil(N / G), D]
+    group: int
+
+
+@triton.jit
+def _update(w, b, xk, g, lr, eta_last, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Fast weights after a mini-batch; the step is in g, so that lr xk is rounded as it is elsewhere."""
+    w = matmul_add(tl.trans(lr[:, None] * xk), -eta_last * g, w, DTYPE, PRECISION)  # [D, M] @ [M, D] -> [D, D]
+    return w, b - eta_last * tl.sum(lr[:, None] * g, 0)
+
+
+@triton.jit
+def _forward(
+    inputs, shared, start, out, final, saved, heads, mini_batches,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, CAUSAL: tl.constexpr, EPS: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    chain = tl.program_id(0)
+    batch, head = chain // heads, chain % heads
+    DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
+    rows = tl.arange(0, M)
+    token_eta = tl.load(shared.token_eta + rows)
+    eta_last = tl.load(shared.token_eta + M - 1)
+    ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)[None, :]
+    ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)[None, :]
+    w = load_matrix(start.w, chain, D, BLOCK_D)
+    b = load_row(start.b, chain, D, BLOCK_D)
+    for n in range(mini_batches):
+        if n % GROUP == 0:
+            at = chain * tl.cdiv(mini_batches, GROUP) + n // GROUP
+            store_matrix(saved.w, w, at, D, BLOCK_D)
+            store_row(saved.b, b, at, D, BLOCK_D)
+        xq = load_tokens(inputs.xq, batch, head, n, M, D, BLOCK_D)
+        xk = load_tokens(inputs.xk, batch, head, n, M, D, BLOCK_D)
+        xv = load_tokens(inputs.xv, batch, head, n, M, D, BLOCK_D)
+        lr = tl.load(token_pointers(inputs.lr, batch, head, n, M)).to(tl.float32)
+
+        z1 = matmul(xk, w, DTYPE, PRECISION) + b[None, :]  # [M, D] @ [D, D] -> [M, D]
+        g, _, _ = inner_gradient(z1, xv - xk, ln_weight, ln_bias, EPS, D, BLOCK_D)
+        if CAUSAL:
+            attn = matmul(xq, tl.trans(xk), DTYPE, PRECISION) + 1.0  # [M, D] @ [D, M] -> [M, M]
+            scores = tl.where(rows[:, None] >= rows[None, :], token_eta[:, None] * lr[None, :] * attn, 0.0)
+            z1_bar = matmul(xq, w, DTYPE, PRECISION) + b[None, :] - matmul(scores, g, DTYPE, PRECISION)
+            w, b = _update(w, b, xk, g, lr, eta_last, DTYPE, PRECISION)
+        else:
+            w, b = _update(w, b, xk, g, lr, eta_last, DTYPE, PRECISION)
+            z1_bar = matmul(xq, w, DTYPE, PRECISION) + b[None, :]
+        x_hat, _ = normalise(z1_bar, EPS, D, BLOCK_D)
+        store_tokens(out, xq + ln_weight * x_hat + ln_bias, batch, head, n, M, D, BLOCK_D)
+    store_matrix(final.w, w, chain, D, BLOCK_D)
+    store_row(final.b, b, chain, D, BLOCK_D)
+
+
+@triton.jit
+def _recompute(
+    inputs, shared, saved, scratch, chain, group, length, heads, mini_batches,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, EPS: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The fast weights at the start of the first `length + 1` mini-batches of a group, into `scratch`."""
+    batch, head = chain // heads, chain % heads
+    DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
+    eta_last = tl.load(shared.token_eta + M - 1)
+    ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)[None, :]
+    ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)[None, :]
+    at = chain * tl.cdiv(mini_batches, GROUP) + group
+    w = load_matrix(saved.w, at, D, BLOCK_D)
+    b = load_row(saved.b, at, D, BLOCK_D)
+    slot = chain * (GROUP + 1)
+    store_matrix(scratch.w, w, slot, D, BLOCK_D)
+    store_row(scratch.b, b, slot, D, BLOCK_D)
+    for i in range(length):
+        n = group * GROUP + i
+        xk = load_tokens(inputs.xk, batch, head, n, M, D, BLOCK_D)
+        xv = load_tokens(inputs.xv, batch, head, n, M, D, BLOCK_D)
+        lr = tl.load(token_pointers(inputs.lr, batch, head, n, M)).to(tl.float32)
+        z1 = matmul(xk, w, DTYPE, PRECISION) + b[None, :]
+        g, _, _ = inner_gradient(z1, xv - xk, ln_weight, ln_bias, EPS, D, BLOCK_D)
+        w, b = _update(w, b, xk, g, lr, eta_last, DTYPE, PRECISION)
+        store_matrix(scratch.w, w, slot + i + 1, D, BLOCK_D)
+        store_row(scratch.b, b, slot + i + 1, D, BLOCK_D)
+
+
+@triton.jit
+def _backward(
+    inputs, shared, saved, scratch, d_out, d_final, d_inputs, d_shared, d_start, heads, mini_batches,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, CAUSAL: tl.constexpr, EPS: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    chain = tl.program_id(0)
+    batch, head = chain // heads, chain % heads
+    DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
+    rows = tl.arange(0, M)
+    token_eta = tl.load(shared.token_eta + rows)
+    eta_last = tl.load(shared.token_eta + M - 1)
+    ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)[None, :]
+    ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)[None, :]
+
+    d_w = load_matrix(d_final.w, chain, D, BLOCK_D)
+    d_b = load_row(d_final.b, chain, D, BLOCK_D)
+    d_token_eta = tl.zeros([M], tl.float32)
+    d_eta_last = 0.0
+    d_ln_weight = tl.zeros([BLOCK_D], tl.float32)
+    d_ln_bias = tl.zeros([BLOCK_D], tl.float32)
+    groups = tl.cdiv(mini_batches, GROUP)
+    for back in range(groups):
+        group = groups - 1 - back
+        length = tl.minimum(GROUP, mini_batches - group * GROUP)
+        _recompute(
+            inputs, shared, saved, scratch, chain, group, length - 1 if CAUSAL else length, heads, mini_batches,
+            D, BLOCK_D, M, EPS, GROUP, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()  # every thread's part of the weights is there
+        for step in range(length):
+            i = length - 1 - step
+            n = group * GROUP + i
+            slot = chain * (GROUP + 1) + i
+            xq = load_tokens(inputs.xq, batch, head, n, M, D, BLOCK_D)
+            xk = load_tokens(inputs.xk, batch, head, n, M, D, BLOCK_D)
+            xv = load_tokens(inputs.xv, batch, head, n, M, D, BLOCK_D)
+            d_o = load_tokens(d_out, batch, head, n, M, D, BLOCK_D)
+            lr = tl.load(token_pointers(inputs.lr, batch, head, n, M)).to(tl.float32)
+            w = load_matrix(scratch.w, slot, D, BLOCK_D)
+            b = load_row(scratch.b, slot, D, BLOCK_D)
+
+            # The forward again, up to the read-out.
+            z1 = matmul(xk, w, DTYPE, PRECISION) + b[None, :]
+            g, x_hat, rstd = inner_gradient(z1, xv - xk, ln_weight, ln_bias, EPS, D, BLOCK_D)
+            if CAUSAL:
+                visible = rows[:, None] >= rows[None, :]
+                attn = tl.where(visible, matmul(xq, tl.trans(xk), DTYPE, PRECISION) + 1.0, 0.0)
+                eta = token_eta[:, None] * lr[None, :]
+                w_read = w
+                z1_bar = matmul(xq, w, DTYPE, PRECISION) + b[None, :] - matmul(eta * attn, g, DTYPE, PRECISION)
+            else:
+                w_read = load_matrix(scratch.w, slot + 1, D, BLOCK_D)
+                b_read = load_row(scratch.b, slot + 1, D, BLOCK_D)
+                z1_bar = matmul(xq, w_read, DTYPE, PRECISION) + b_read[None, :]
+
+            # out = xq + LN(z1_bar)
+            x_hat_bar, rstd_bar = normalise(z1_bar, EPS, D, BLOCK_D)
+            d_ln_weight += tl.sum(d_o * x_hat_bar, 0)
+            d_ln_bias += tl.sum(d_o, 0)
+            d_z1_bar = project(d_o * ln_weight, x_hat_bar, rstd_bar, D, BLOCK_D)
+
+            # The read-out: into the old weights (causal) or the new ones (not causal).
+            d_xq = d_o + matmul(d_z1_bar, tl.trans(w_read), DTYPE, PRECISION)
+            d_w_read = matmul(tl.trans(xq), d_z1_bar, DTYPE, PRECISION)  # [D, M] @ [M, D] -> [D, D]
+            d_b_read = tl.sum(d_z1_bar, 0)
+            if CAUSAL:
+                d_scores = tl.where(visible, -matmul(d_z1_bar, tl.trans(g), DTYPE, PRECISION), 0.0)
+                d_eta = d_scores * attn
+                d_attn = d_scores * eta
+                d_xq += matmul(d_attn, xk, DTYPE, PRECISION)
+                d_xk = matmul(tl.trans(d_attn), xq, DTYPE, PRECISION)
+                d_g = -matmul(tl.trans(eta * attn), d_z1_bar, DTYPE, PRECISION)
+                d_lr = tl.sum(d_eta * token_eta[:, None], 0)
+                d_token_eta += tl.sum(d_eta * lr[None, :], 1)
+            else:
+                d_w += d_w_read
+                d_b += d_b_read
+                d_xk = tl.zeros([M, BLOCK_D], tl.float32)
+                d_g = tl.zeros([M, BLOCK_D], tl.float32)
+                d_lr = tl.zeros([M], tl.float32)
+            store_tokens(d_inputs.xq, d_xq, batch, head, n, M, D, BLOCK_D)
+
+            # The update.
+            pulled = matmul(xk, d_w, DTYPE, PRECISION) + d_b[None, :]  # [M, D] @ [D, D] -> [M, D]
+            along = tl.sum(g * pulled, 1)
+            d_lr -= eta_last * along
+            tl.store(token_pointers(d_inputs.lr, batch, head, n, M), nearest(d_lr, DTYPE))
+            d_eta_last -= tl.sum(lr * along, 0)
+            step_size = (eta_last * lr)[:, None]
+            d_xk -= step_size * matmul(g, tl.trans(d_w), DTYPE, PRECISION)
+            d_g -= step_size * pulled
+
+            # The inner gradient, second order; d_error is the cotangent of xk - xv.
+            d_z1, d_error, d_ln_weight_in, d_ln_bias_in = inner_gradient_backward(
+                d_g, g, x_hat, rstd, xv - xk, ln_weight, ln_bias, D, BLOCK_D
+            )
+            d_ln_weight += d_ln_weight_in
+            d_ln_bias += d_ln_bias_in
+            store_tokens(d_inputs.xv, -d_error, batch, head, n, M, D, BLOCK_D)
+
+            # z1 = xk w1 + b1
+            d_xk += d_error + matmul(d_z1, tl.trans(w), DTYPE, PRECISION)
+            store_tokens(d_inputs.xk, d_xk, batch, head, n, M, D, BLOCK_D)
+            if CAUSAL:
+                d_w += d_w_read
+                d_b += d_b_read
+            d_w = matmul_add(tl.trans(xk), d_z1, d_w, DTYPE, PRECISION)
+            d_b += tl.sum(d_z1, 0)
+        tl.debug_barrier()  # every thread has read the weights that the next group overwrites
+    store_matrix(d_start.w, d_w, chain, D, BLOCK_D)
+    store_row(d_start.b, d_b, chain, D, BLOCK_D)
+    store_row(d_shared.ln_weight, d_ln_weight, chain, D, BLOCK_D)
+    store_row(d_shared.ln_bias, d_ln_bias, chain, D, BLOCK_D)
+    tl.store(d_shared.token_eta + chain * M + rows, d_token_eta + tl.where(rows == M - 1, d_eta_last, 0.0))
+
+
+def forward(inputs: LinearInputs, problem: Problem, group: int = GROUP) -> tuple[LinearOutputs, Residuals]:
+    """Outputs of TTT-Linear, and what `backward` needs; `group` is G, see above.
+
+    Raises:
+        ValueError: `problem` is beyond the limits of the Triton pages, or a tensor does not fit it or the kernel.
+    """
+    check(inputs, INPUTS, problem)
+    if group < 1:
+        raise ValueError(f"group: expected at least 1 mini-batch between saved states, got {group}")
+    b, h, d, groups = problem.batch, problem.heads, problem.head_dim, triton.cdiv(problem.mini_batches, group)
+    like = inputs.xq
+    out = empty(like, b, problem.tokens, h, d, dtype=like.dtype)
+    final_w1, final_b1 = empty(like, b, h, d, d), empty(like, b, h, d)
+    saved_w1, saved_b1 = empty(like, b, h, groups, d, d), empty(like, b, h, groups, d)
+    _forward[(b * h,)](
+        tokens(*inputs[:4]),
+        Shared(*inputs[4:7]),
+        State(*inputs[7:]),
+        view(out),
+        State(final_w1, final_b1),
+        State(saved_w1, saved_b1),
+        h,
+        problem.mini_batches,
+        **_constants(problem, group),
+        **_options("forward", problem),
+    )
+    return LinearOutputs(out, final_w1, final_b1), Residuals(inputs, saved_w1, saved_b1, group)
+
+
+def backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) -> LinearInputs:
+    """Gradients of every input, from the cotangents of the output and of the final state.
+
+    Raises:
+        ValueError: a cotangent does not fit `problem` or the kernel.
+    """
+    check(cotangents, OUTPUTS, problem)
+    inputs, saved_w1, saved_b1, group = residuals
+    b, h, d, m = problem.batch, problem.heads, problem.head_dim, problem.mini_batch
+    like = inputs.xq
+    activation = b, problem.tokens, h, d
+    d_xq, d_xk, d_xv = (empty(like, *activation, dtype=like.dtype) for _ in range(3))
+    d_lr = empty(like, *activation[:3], dtype=like.dtype)
+    d_w1, d_b1 = empty(like, b, h, d, d), empty(like, b, h, d)
+    parts = Shared(empty(like, b * h, m), empty(like, b, h, d), empty(like, b, h, d))
+    scratch = State(empty(like, b, h, group + 1, d, d, dtype=like.dtype), empty(like, b, h, group + 1, d))
+    _backward[(b * h,)](
+        tokens(*inputs[:4]),
+        Shared(*inputs[4:7]),
+        State(saved_w1, saved_b1),
+        scratch,
+        view(cotangents.out),
+        State(*cotangents[1:]),
+        tokens(d_xq, d_xk, d_xv, d_lr),
+        parts,
+        State(d_w1, d_b1),
+        h,
+        problem.mini_batches,
+        **_constants(problem, group),
+        **_options("backward", problem),
+    )
+    d_shared = (part.sum(0) for part in parts)  # over chains and over the batch, always in the same order
+    return LinearInputs(d_xq, d_xk, d_xv, d_lr, *d_shared, d_w1, d_b1)
+
+
+def _constants(problem: Problem, group: int) -> dict[str, object]:
+    return {
+        "D": problem.head_dim,
+        "BLOCK_D": block_d(problem),
+        "M": problem.mini_batch,
+        "CAUSAL": problem.causal,
+        "EPS": problem.eps,
+        "GROUP": group,
+        "PRECISION": problem.matmul_precision,
+    }
+
+
+def _options(pass_: str, problem: Problem) -> dict[str, int]:
+    return {"num_warps": 4, "num_stages": 2}
