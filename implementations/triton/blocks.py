@@ -1,6 +1,6 @@
 """The pieces that both inner models are made of, as Triton device functions: one mini-batch of one head.
 
-Blocks are fp32 in registers; `[M, D]` stands for `[M, BLOCK_D]`, D rounded up to a power of 2, where every column past
+Blocks are fp32 in registers, but for operands of products as they were stored; `[M, D]` stands for `[M, BLOCK_D]`, D rounded up to a power of 2, where every column past
 D holds zeros: loads put them there, and `inside` after every mean. `matmul` alone rounds, to the I/O dtype.
 
 The derivatives are those of `implementations/torch/blocks.py`, line for line.
@@ -24,12 +24,16 @@ def nearest(x, DTYPE: tl.constexpr):
     The interpreter truncates where a GPU rounds to bf16, and its products of bf16 operands are garbage.
     """
     if not INTERPRETED:
-        return x.to(DTYPE)
-    if DTYPE == tl.bfloat16:
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return bits.to(tl.uint32).to(tl.float32, bitcast=True)
-    return x.to(DTYPE).to(tl.float32)
+        x = x.to(DTYPE)
+    else:
+        x = x.to(tl.float32)
+        if DTYPE == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            x = bits.to(tl.uint32).to(tl.float32, bitcast=True)
+        elif DTYPE == tl.float16:
+            x = x.to(tl.float16).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -62,12 +66,14 @@ def token_pointers(view, batch, head, n, M: tl.constexpr):
 
 @triton.jit
 def load_tokens(view, batch, head, n, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[M, D], in fp32."""
+    """[M, D], as stored: a product takes it without a conversion."""
     columns = tl.arange(0, BLOCK_D)[None, :]
     at = token_pointers(view, batch, head, n, M)[:, None] + columns
     if D == BLOCK_D:
-        return tl.load(at).to(tl.float32)
-    return tl.load(at, columns < D, 0.0).to(tl.float32)
+        x = tl.load(at)
+    else:
+        x = tl.load(at, columns < D, 0.0)
+    return x
 
 
 @triton.jit
@@ -80,6 +86,12 @@ def store_tokens(view, x, batch, head, n, M: tl.constexpr, D: tl.constexpr, BLOC
         tl.store(at, x)
     else:
         tl.store(at, x, columns < D)
+
+
+@triton.jit
+def load_lr(view, batch, head, n, M: tl.constexpr):
+    """[M, 1], in fp32."""
+    return tl.load(token_pointers(view, batch, head, n, M)).to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -97,12 +109,14 @@ def store_row(p, x, index, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_matrix(p, index, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[D, D], matrix `index` of contiguous `... D D`, in fp32."""
+    """[D, D], matrix `index` of contiguous `... D D`, as stored."""
     rows, columns = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_D)[None, :]
     at = p + wide(index) * D * D + rows * D + columns
     if D == BLOCK_D:
-        return tl.load(at).to(tl.float32)
-    return tl.load(at, (rows < D) & (columns < D), 0.0).to(tl.float32)
+        x = tl.load(at)
+    else:
+        x = tl.load(at, (rows < D) & (columns < D), 0.0)
+    return x
 
 
 @triton.jit
@@ -129,9 +143,9 @@ def mean(x, D: tl.constexpr):
 @triton.jit
 def inside(x, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """`x` with zeros past column D."""
-    if D == BLOCK_D:
-        return x
-    return tl.where(tl.arange(0, BLOCK_D)[None, :] < D, x, 0.0)
+    if D != BLOCK_D:
+        x = tl.where(tl.arange(0, BLOCK_D)[None, :] < D, x, 0.0)
+    return x
 
 
 @triton.jit

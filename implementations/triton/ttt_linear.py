@@ -39,6 +39,7 @@ from implementations.triton.arguments import Shared, State, View, block_d, check
 from implementations.triton.blocks import (
     inner_gradient,
     inner_gradient_backward,
+    load_lr,
     load_matrix,
     load_row,
     load_tokens,
@@ -68,10 +69,21 @@ class Residuals(NamedTuple):
 
 
 @triton.jit
-def _update(w, b, xk, g, lr, eta_last, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Fast weights after a mini-batch; the step is in g, so that lr xk is rounded as it is elsewhere."""
-    w = matmul_add(tl.trans(lr[:, None] * xk), -eta_last * g, w, DTYPE, PRECISION)  # [D, M] @ [M, D] -> [D, D]
-    return w, b - eta_last * tl.sum(lr[:, None] * g, 0)
+def _inner_gradient(
+    w, b, xk, xv, lr, ln_weight, ln_bias, EPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(lr g_z1 [M, D], g_z1, x_hat [M, D], rstd [M, 1], target [M, D])."""
+    target = xv.to(tl.float32) - xk.to(tl.float32)
+    z1 = matmul(xk, w, xk.dtype, PRECISION) + b[None, :]  # [M, D] @ [D, D] -> [M, D]
+    g, x_hat, rstd = inner_gradient(z1, target, ln_weight, ln_bias, EPS, D, BLOCK_D)
+    return lr * g, g, x_hat, rstd, target
+
+
+@triton.jit
+def _update(w, b, xk, lr_g, eta_last, PRECISION: tl.constexpr):
+    w -= eta_last * matmul(tl.trans(xk), lr_g, xk.dtype, PRECISION)  # [D, M] @ [M, D] -> [D, D]
+    return w, b - eta_last * tl.sum(lr_g, 0)
 
 
 @triton.jit
@@ -82,9 +94,8 @@ def _forward(
 ):  # fmt: skip
     chain = tl.program_id(0)
     batch, head = chain // heads, chain % heads
-    DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
     rows = tl.arange(0, M)
-    token_eta = tl.load(shared.token_eta + rows)
+    token_eta = tl.load(shared.token_eta + rows)[:, None]
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)[None, :]
     ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)[None, :]
@@ -98,20 +109,18 @@ def _forward(
         xq = load_tokens(inputs.xq, batch, head, n, M, D, BLOCK_D)
         xk = load_tokens(inputs.xk, batch, head, n, M, D, BLOCK_D)
         xv = load_tokens(inputs.xv, batch, head, n, M, D, BLOCK_D)
-        lr = tl.load(token_pointers(inputs.lr, batch, head, n, M)).to(tl.float32)
-
-        z1 = matmul(xk, w, DTYPE, PRECISION) + b[None, :]  # [M, D] @ [D, D] -> [M, D]
-        g, _, _ = inner_gradient(z1, xv - xk, ln_weight, ln_bias, EPS, D, BLOCK_D)
+        lr = load_lr(inputs.lr, batch, head, n, M)
+        lr_g, _, _, _, _ = _inner_gradient(w, b, xk, xv, lr, ln_weight, ln_bias, EPS, D, BLOCK_D, PRECISION)
         if CAUSAL:
-            attn = matmul(xq, tl.trans(xk), DTYPE, PRECISION) + 1.0  # [M, D] @ [D, M] -> [M, M]
-            scores = tl.where(rows[:, None] >= rows[None, :], token_eta[:, None] * lr[None, :] * attn, 0.0)
-            z1_bar = matmul(xq, w, DTYPE, PRECISION) + b[None, :] - matmul(scores, g, DTYPE, PRECISION)
-            w, b = _update(w, b, xk, g, lr, eta_last, DTYPE, PRECISION)
+            attn = matmul(xq, tl.trans(xk), xq.dtype, PRECISION) + 1.0  # [M, D] @ [D, M] -> [M, M]
+            scores = tl.where(rows[:, None] >= rows[None, :], token_eta * attn, 0.0)
+            z1_bar = matmul(xq, w, xq.dtype, PRECISION) + b[None, :] - matmul(scores, lr_g, xq.dtype, PRECISION)
+            w, b = _update(w, b, xk, lr_g, eta_last, PRECISION)
         else:
-            w, b = _update(w, b, xk, g, lr, eta_last, DTYPE, PRECISION)
-            z1_bar = matmul(xq, w, DTYPE, PRECISION) + b[None, :]
+            w, b = _update(w, b, xk, lr_g, eta_last, PRECISION)
+            z1_bar = matmul(xq, w, xq.dtype, PRECISION) + b[None, :]
         x_hat, _ = normalise(z1_bar, EPS, D, BLOCK_D)
-        store_tokens(out, xq + ln_weight * x_hat + ln_bias, batch, head, n, M, D, BLOCK_D)
+        store_tokens(out, xq.to(tl.float32) + ln_weight * x_hat + ln_bias, batch, head, n, M, D, BLOCK_D)
     store_matrix(final.w, w, chain, D, BLOCK_D)
     store_row(final.b, b, chain, D, BLOCK_D)
 
@@ -122,9 +131,8 @@ def _recompute(
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, EPS: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The fast weights at the start of the first `length + 1` mini-batches of a group, into `scratch`."""
+    """The fast weights before each of the first `length` mini-batches of a group and after them, into `scratch`."""
     batch, head = chain // heads, chain % heads
-    DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)[None, :]
     ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)[None, :]
@@ -138,10 +146,9 @@ def _recompute(
         n = group * GROUP + i
         xk = load_tokens(inputs.xk, batch, head, n, M, D, BLOCK_D)
         xv = load_tokens(inputs.xv, batch, head, n, M, D, BLOCK_D)
-        lr = tl.load(token_pointers(inputs.lr, batch, head, n, M)).to(tl.float32)
-        z1 = matmul(xk, w, DTYPE, PRECISION) + b[None, :]
-        g, _, _ = inner_gradient(z1, xv - xk, ln_weight, ln_bias, EPS, D, BLOCK_D)
-        w, b = _update(w, b, xk, g, lr, eta_last, DTYPE, PRECISION)
+        lr = load_lr(inputs.lr, batch, head, n, M)
+        lr_g, _, _, _, _ = _inner_gradient(w, b, xk, xv, lr, ln_weight, ln_bias, EPS, D, BLOCK_D, PRECISION)
+        w, b = _update(w, b, xk, lr_g, eta_last, PRECISION)
         store_matrix(scratch.w, w, slot + i + 1, D, BLOCK_D)
         store_row(scratch.b, b, slot + i + 1, D, BLOCK_D)
 
@@ -154,9 +161,8 @@ def _backward(
 ):  # fmt: skip
     chain = tl.program_id(0)
     batch, head = chain // heads, chain % heads
-    DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
     rows = tl.arange(0, M)
-    token_eta = tl.load(shared.token_eta + rows)
+    token_eta = tl.load(shared.token_eta + rows)[:, None]
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)[None, :]
     ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)[None, :]
@@ -164,7 +170,6 @@ def _backward(
     d_w = load_matrix(d_final.w, chain, D, BLOCK_D)
     d_b = load_row(d_final.b, chain, D, BLOCK_D)
     d_token_eta = tl.zeros([M], tl.float32)
-    d_eta_last = 0.0
     d_ln_weight = tl.zeros([BLOCK_D], tl.float32)
     d_ln_bias = tl.zeros([BLOCK_D], tl.float32)
     groups = tl.cdiv(mini_batches, GROUP)
@@ -183,24 +188,25 @@ def _backward(
             xq = load_tokens(inputs.xq, batch, head, n, M, D, BLOCK_D)
             xk = load_tokens(inputs.xk, batch, head, n, M, D, BLOCK_D)
             xv = load_tokens(inputs.xv, batch, head, n, M, D, BLOCK_D)
-            d_o = load_tokens(d_out, batch, head, n, M, D, BLOCK_D)
-            lr = tl.load(token_pointers(inputs.lr, batch, head, n, M)).to(tl.float32)
+            d_o = load_tokens(d_out, batch, head, n, M, D, BLOCK_D).to(tl.float32)
+            lr = load_lr(inputs.lr, batch, head, n, M)
             w = load_matrix(scratch.w, slot, D, BLOCK_D)
             b = load_row(scratch.b, slot, D, BLOCK_D)
 
             # The forward again, up to the read-out.
-            z1 = matmul(xk, w, DTYPE, PRECISION) + b[None, :]
-            g, x_hat, rstd = inner_gradient(z1, xv - xk, ln_weight, ln_bias, EPS, D, BLOCK_D)
+            lr_g, g, x_hat, rstd, target = _inner_gradient(
+                w, b, xk, xv, lr, ln_weight, ln_bias, EPS, D, BLOCK_D, PRECISION
+            )
             if CAUSAL:
+                w_read, b_read = w, b
                 visible = rows[:, None] >= rows[None, :]
-                attn = tl.where(visible, matmul(xq, tl.trans(xk), DTYPE, PRECISION) + 1.0, 0.0)
-                eta = token_eta[:, None] * lr[None, :]
-                w_read = w
-                z1_bar = matmul(xq, w, DTYPE, PRECISION) + b[None, :] - matmul(eta * attn, g, DTYPE, PRECISION)
+                attn = tl.where(visible, matmul(xq, tl.trans(xk), xq.dtype, PRECISION) + 1.0, 0.0)
+                scores = token_eta * attn
+                z1_bar = matmul(xq, w, xq.dtype, PRECISION) + b[None, :] - matmul(scores, lr_g, xq.dtype, PRECISION)
             else:
                 w_read = load_matrix(scratch.w, slot + 1, D, BLOCK_D)
                 b_read = load_row(scratch.b, slot + 1, D, BLOCK_D)
-                z1_bar = matmul(xq, w_read, DTYPE, PRECISION) + b_read[None, :]
+                z1_bar = matmul(xq, w_read, xq.dtype, PRECISION) + b_read[None, :]
 
             # out = xq + LN(z1_bar)
             x_hat_bar, rstd_bar = normalise(z1_bar, EPS, D, BLOCK_D)
@@ -209,58 +215,52 @@ def _backward(
             d_z1_bar = project(d_o * ln_weight, x_hat_bar, rstd_bar, D, BLOCK_D)
 
             # The read-out: into the old weights (causal) or the new ones (not causal).
-            d_xq = d_o + matmul(d_z1_bar, tl.trans(w_read), DTYPE, PRECISION)
-            d_w_read = matmul(tl.trans(xq), d_z1_bar, DTYPE, PRECISION)  # [D, M] @ [M, D] -> [D, D]
-            d_b_read = tl.sum(d_z1_bar, 0)
+            d_xq = d_o + matmul(d_z1_bar, tl.trans(w_read), xq.dtype, PRECISION)
             if CAUSAL:
-                d_scores = tl.where(visible, -matmul(d_z1_bar, tl.trans(g), DTYPE, PRECISION), 0.0)
-                d_eta = d_scores * attn
-                d_attn = d_scores * eta
-                d_xq += matmul(d_attn, xk, DTYPE, PRECISION)
-                d_xk = matmul(tl.trans(d_attn), xq, DTYPE, PRECISION)
-                d_g = -matmul(tl.trans(eta * attn), d_z1_bar, DTYPE, PRECISION)
-                d_lr = tl.sum(d_eta * token_eta[:, None], 0)
-                d_token_eta += tl.sum(d_eta * lr[None, :], 1)
+                d_scores = tl.where(visible, -matmul(d_z1_bar, tl.trans(lr_g), xq.dtype, PRECISION), 0.0)
+                d_token_eta += tl.sum(d_scores * attn, 1)
+                d_attn = token_eta * d_scores
+                d_xq += matmul(d_attn, xk, xq.dtype, PRECISION)
+                d_xk = matmul(tl.trans(d_attn), xq, xq.dtype, PRECISION)
+                d_lr_g = -matmul(tl.trans(scores), d_z1_bar, xq.dtype, PRECISION)
             else:
-                d_w += d_w_read
-                d_b += d_b_read
+                d_w = matmul_add(tl.trans(xq), d_z1_bar, d_w, xq.dtype, PRECISION)  # [D, M] @ [M, D] -> [D, D]
+                d_b += tl.sum(d_z1_bar, 0)
                 d_xk = tl.zeros([M, BLOCK_D], tl.float32)
-                d_g = tl.zeros([M, BLOCK_D], tl.float32)
-                d_lr = tl.zeros([M], tl.float32)
+                d_lr_g = tl.zeros([M, BLOCK_D], tl.float32)
             store_tokens(d_inputs.xq, d_xq, batch, head, n, M, D, BLOCK_D)
 
             # The update.
-            pulled = matmul(xk, d_w, DTYPE, PRECISION) + d_b[None, :]  # [M, D] @ [D, D] -> [M, D]
-            along = tl.sum(g * pulled, 1)
-            d_lr -= eta_last * along
-            tl.store(token_pointers(d_inputs.lr, batch, head, n, M), nearest(d_lr, DTYPE))
-            d_eta_last -= tl.sum(lr * along, 0)
-            step_size = (eta_last * lr)[:, None]
-            d_xk -= step_size * matmul(g, tl.trans(d_w), DTYPE, PRECISION)
-            d_g -= step_size * pulled
+            pulled = matmul(xk, d_w, xk.dtype, PRECISION) + d_b[None, :]  # [M, D] @ [D, D] -> [M, D]
+            d_eta_last = -tl.sum(lr_g * pulled, 1)  # summed over the tokens below
+            d_token_eta += tl.where(rows == M - 1, tl.sum(d_eta_last, 0), 0.0)
+            d_xk -= eta_last * matmul(lr_g, tl.trans(d_w), xk.dtype, PRECISION)
+            d_lr_g -= eta_last * pulled
+            d_lr = nearest(tl.sum(d_lr_g * g, 1), xk.dtype)
+            tl.store(token_pointers(d_inputs.lr, batch, head, n, M), d_lr)
 
             # The inner gradient, second order; d_error is the cotangent of xk - xv.
             d_z1, d_error, d_ln_weight_in, d_ln_bias_in = inner_gradient_backward(
-                d_g, g, x_hat, rstd, xv - xk, ln_weight, ln_bias, D, BLOCK_D
+                lr * d_lr_g, g, x_hat, rstd, target, ln_weight, ln_bias, D, BLOCK_D
             )
             d_ln_weight += d_ln_weight_in
             d_ln_bias += d_ln_bias_in
             store_tokens(d_inputs.xv, -d_error, batch, head, n, M, D, BLOCK_D)
 
             # z1 = xk w1 + b1
-            d_xk += d_error + matmul(d_z1, tl.trans(w), DTYPE, PRECISION)
+            d_xk += d_error + matmul(d_z1, tl.trans(w), xk.dtype, PRECISION)
             store_tokens(d_inputs.xk, d_xk, batch, head, n, M, D, BLOCK_D)
             if CAUSAL:
-                d_w += d_w_read
-                d_b += d_b_read
-            d_w = matmul_add(tl.trans(xk), d_z1, d_w, DTYPE, PRECISION)
+                d_w = matmul_add(tl.trans(xq), d_z1_bar, d_w, xq.dtype, PRECISION)
+                d_b += tl.sum(d_z1_bar, 0)
+            d_w = matmul_add(tl.trans(xk), d_z1, d_w, xk.dtype, PRECISION)
             d_b += tl.sum(d_z1, 0)
         tl.debug_barrier()  # every thread has read the weights that the next group overwrites
     store_matrix(d_start.w, d_w, chain, D, BLOCK_D)
     store_row(d_start.b, d_b, chain, D, BLOCK_D)
     store_row(d_shared.ln_weight, d_ln_weight, chain, D, BLOCK_D)
     store_row(d_shared.ln_bias, d_ln_bias, chain, D, BLOCK_D)
-    tl.store(d_shared.token_eta + chain * M + rows, d_token_eta + tl.where(rows == M - 1, d_eta_last, 0.0))
+    tl.store(d_shared.token_eta + chain * M + rows, d_token_eta)
 
 
 def forward(inputs: LinearInputs, problem: Problem, group: int = GROUP) -> tuple[LinearOutputs, Residuals]:
