@@ -14,6 +14,8 @@ ENTRIES = (
         dtypes=DTYPES,
         requires=("triton",),
         supports=limit,
+        kernels="implementations.triton.ttt_linear",
+        timed_on=("cuda",),
     ),
     Implementation("triton.best", "torch", _BOTH, dtypes=DTYPES, supports=lambda problem: "not written yet"),
 )

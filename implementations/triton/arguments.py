@@ -63,7 +63,9 @@ def block_d(problem: Problem) -> int:
     return max(16, triton.next_power_of_2(problem.head_dim))
 
 
-def check(tensors: tuple[Any, ...], kinds: Mapping[str, type], problem: Problem) -> None:
+def check(
+    tensors: tuple[Any, ...], kinds: Mapping[str, type], problem: Problem, device: torch.device | None = None
+) -> None:
     """Refuse, before anything is allocated, what a kernel would read wrongly or not at all.
 
     Raises:
@@ -73,10 +75,10 @@ def check(tensors: tuple[Any, ...], kinds: Mapping[str, type], problem: Problem)
     if reason := limit(problem):
         raise ValueError(reason)
     validate(tensors, kinds, problem)
-    first = tensors[0].device
+    device = device or tensors[0].device
     for spec, x in zip(tensor_specs(kinds[problem.inner_model], problem), tensors, strict=True):
-        if x.device != first:
-            raise ValueError(f"{spec.name}: expected a tensor on {first}, as {tensors._fields[0]}, got {x.device}")
+        if x.device != device:
+            raise ValueError(f"{spec.name}: expected a tensor on {device}, as the others, got {x.device}")
         if x.device.type != "cuda" and not INTERPRETED.value:
             raise ValueError(
                 f"{spec.name}: expected a tensor on cuda, got {x.device}: move it there, use torch.eager, or set "

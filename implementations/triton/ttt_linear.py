@@ -29,13 +29,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from implementations.kernels import TritonKernel
-from implementations.triton.arguments import Shared, State, View, block_d, check, empty, tokens, view
+from implementations.triton.arguments import Shared, State, block_d, check, empty, tokens, view
 from implementations.triton.blocks import (
     inner_gradient,
     inner_gradient_backward,
@@ -53,10 +52,13 @@ from implementations.triton.blocks import (
     store_tokens,
     token_pointers,
 )
-from spec.problem import ARRAY_DTYPE, Problem
+from implementations.triton.launch import Launch, meta
+from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
 
 GROUP = 16  # G: mini-batches between two saved states
+# Bytes a thread that ptxas spills.
+_SPILLS = {(name, m): 0 for name in ("forward", "backward") for m in (16, 64)}
 
 
 class Residuals(NamedTuple):
@@ -272,24 +274,9 @@ def forward(inputs: LinearInputs, problem: Problem, group: int = GROUP) -> tuple
     check(inputs, INPUTS, problem)
     if group < 1:
         raise ValueError(f"group: expected at least 1 mini-batch between saved states, got {group}")
-    b, h, d, groups = problem.batch, problem.heads, problem.head_dim, triton.cdiv(problem.mini_batches, group)
-    like = inputs.xq
-    out = empty(like, b, problem.tokens, h, d, dtype=like.dtype)
-    final_w1, final_b1 = empty(like, b, h, d, d), empty(like, b, h, d)
-    saved_w1, saved_b1 = empty(like, b, h, groups, d, d), empty(like, b, h, groups, d)
-    _forward[(b * h,)](
-        tokens(*inputs[:4]),
-        Shared(*inputs[4:7]),
-        State(*inputs[7:]),
-        view(out),
-        State(final_w1, final_b1),
-        State(saved_w1, saved_b1),
-        h,
-        problem.mini_batches,
-        **_constants(problem, group),
-        **_options("forward", problem),
-    )
-    return LinearOutputs(out, final_w1, final_b1), Residuals(inputs, saved_w1, saved_b1, group)
+    outputs, residuals, launch = plan_forward(inputs, problem, group)
+    launch.run(inputs.xq.device)
+    return outputs, residuals
 
 
 def backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) -> LinearInputs:
@@ -298,33 +285,76 @@ def backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) 
     Raises:
         ValueError: a cotangent does not fit `problem` or the kernel.
     """
-    check(cotangents, OUTPUTS, problem)
-    inputs, saved_w1, saved_b1, group = residuals
-    b, h, d, m = problem.batch, problem.heads, problem.head_dim, problem.mini_batch
+    check(cotangents, OUTPUTS, problem, residuals.inputs.xq.device)
+    gradients, launch = plan_backward(cotangents, residuals, problem)
+    launch.run(cotangents.out.device)
+    shared = (part.sum(0) for part in gradients[4:7])  # over chains and over the batch, always in the same order
+    return LinearInputs(*gradients[:4], *shared, *gradients[7:])
+
+
+def plan_forward(
+    inputs: LinearInputs, problem: Problem, group: int
+) -> tuple[LinearOutputs, Residuals, Launch]:
+    """What `forward` gives, and the launch that fills it."""
+    b, t, h, d, groups = *inputs.xq.shape, triton.cdiv(problem.mini_batches, group)
     like = inputs.xq
-    activation = b, problem.tokens, h, d
-    d_xq, d_xk, d_xv = (empty(like, *activation, dtype=like.dtype) for _ in range(3))
-    d_lr = empty(like, *activation[:3], dtype=like.dtype)
-    d_w1, d_b1 = empty(like, b, h, d, d), empty(like, b, h, d)
-    parts = Shared(empty(like, b * h, m), empty(like, b, h, d), empty(like, b, h, d))
-    scratch = State(empty(like, b, h, group + 1, d, d, dtype=like.dtype), empty(like, b, h, group + 1, d))
-    _backward[(b * h,)](
-        tokens(*inputs[:4]),
-        Shared(*inputs[4:7]),
-        State(saved_w1, saved_b1),
-        scratch,
-        view(cotangents.out),
-        State(*cotangents[1:]),
-        tokens(d_xq, d_xk, d_xv, d_lr),
-        parts,
-        State(d_w1, d_b1),
-        h,
-        problem.mini_batches,
-        **_constants(problem, group),
-        **_options("backward", problem),
+    outputs = LinearOutputs(empty(like, b, t, h, d, dtype=like.dtype), empty(like, b, h, d, d), empty(like, b, h, d))
+    residuals = Residuals(inputs, empty(like, b, h, groups, d, d), empty(like, b, h, groups, d), group)
+    arguments = {
+        "inputs": tokens(*inputs[:4]),
+        "shared": Shared(*inputs[4:7]),
+        "start": State(*inputs[7:]),
+        "out": view(outputs.out),
+        "final": State(*outputs[1:]),
+        "saved": State(residuals.saved_w1, residuals.saved_b1),
+        "heads": h,
+        "mini_batches": problem.mini_batches,
+    }
+    launch = Launch(_forward, b * h, arguments, _constants(problem, group), _options("forward", problem))
+    return outputs, residuals, launch
+
+
+def plan_backward(
+    cotangents: LinearOutputs, residuals: Residuals, problem: Problem
+) -> tuple[LinearInputs, Launch]:
+    """Gradients, those of the shared parameters still in parts [B H M], [B H D], and the launch that fills them."""
+    inputs, saved_w1, saved_b1, group = residuals
+    b, t, h, d = inputs.xq.shape
+    like = inputs.xq
+    gradients = LinearInputs(
+        *(empty(like, b, t, h, d, dtype=like.dtype) for _ in range(3)),
+        empty(like, b, t, h, dtype=like.dtype),
+        empty(like, b * h, problem.mini_batch),
+        empty(like, b, h, d),
+        empty(like, b, h, d),
+        empty(like, b, h, d, d),
+        empty(like, b, h, d),
     )
-    d_shared = (part.sum(0) for part in parts)  # over chains and over the batch, always in the same order
-    return LinearInputs(d_xq, d_xk, d_xv, d_lr, *d_shared, d_w1, d_b1)
+    arguments = {
+        "inputs": tokens(*inputs[:4]),
+        "shared": Shared(*inputs[4:7]),
+        "saved": State(saved_w1, saved_b1),
+        "scratch": State(empty(like, b, h, group + 1, d, d, dtype=like.dtype), empty(like, b, h, group + 1, d)),
+        "d_out": view(cotangents.out),
+        "d_final": State(*cotangents[1:]),
+        "d_inputs": tokens(*gradients[:4]),
+        "d_shared": Shared(*gradients[4:7]),
+        "d_start": State(*gradients[7:]),
+        "heads": h,
+        "mini_batches": problem.mini_batches,
+    }
+    return gradients, Launch(
+        _backward, b * h, arguments, _constants(problem, group), _options("backward", problem)
+    )
+
+
+def static_kernels() -> Iterator[TritonKernel]:
+    """Both kernels at the sizes of the named cases."""
+    for mini_batch, causal in ((16, True), (64, True), (64, False)):
+        problem = Problem("linear", 1, GROUP * mini_batch, 32, 64, mini_batch, causal, dtype="bf16")
+        outputs, residuals, launch = plan_forward(meta(LinearInputs, problem), problem, GROUP)
+        yield launch.static("linear", _SPILLS["forward", mini_batch])
+        yield plan_backward(outputs, residuals, problem)[1].static("linear", _SPILLS["backward", mini_batch])
 
 
 def _constants(problem: Problem, group: int) -> dict[str, object]:
@@ -340,4 +370,7 @@ def _constants(problem: Problem, group: int) -> dict[str, object]:
 
 
 def _options(pass_: str, problem: Problem) -> dict[str, int]:
-    return {"num_warps": 4, "num_stages": 2}
+    largest = max(block_d(problem), problem.mini_batch)
+    if pass_ == "forward":
+        return {"num_warps": 4 if largest <= 64 else 8, "num_stages": 2}
+    return {"num_warps": 8 if largest <= 64 else 16, "num_stages": 1}
