@@ -172,6 +172,7 @@ def _backward(
     d_w = load_matrix(d_final.w, chain, D, BLOCK_D)
     d_b = load_row(d_final.b, chain, D, BLOCK_D)
     d_token_eta = tl.zeros([M], tl.float32)
+    d_eta_last = tl.zeros([M], tl.float32)  # what every token adds to that of the last token_eta
     d_ln_weight = tl.zeros([BLOCK_D], tl.float32)
     d_ln_bias = tl.zeros([BLOCK_D], tl.float32)
     groups = tl.cdiv(mini_batches, GROUP)
@@ -234,8 +235,7 @@ def _backward(
 
             # The update.
             pulled = matmul(xk, d_w, xk.dtype, PRECISION) + d_b[None, :]  # [M, D] @ [D, D] -> [M, D]
-            d_eta_last = -tl.sum(lr_g * pulled, 1)  # summed over the tokens below
-            d_token_eta += tl.where(rows == M - 1, tl.sum(d_eta_last, 0), 0.0)
+            d_eta_last -= tl.sum(lr_g * pulled, 1)
             d_xk -= eta_last * matmul(lr_g, tl.trans(d_w), xk.dtype, PRECISION)
             d_lr_g -= eta_last * pulled
             d_lr = nearest(tl.sum(d_lr_g * g, 1), xk.dtype)
@@ -262,7 +262,8 @@ def _backward(
     store_row(d_start.b, d_b, chain, D, BLOCK_D)
     store_row(d_shared.ln_weight, d_ln_weight, chain, D, BLOCK_D)
     store_row(d_shared.ln_bias, d_ln_bias, chain, D, BLOCK_D)
-    tl.store(d_shared.token_eta + chain * M + rows, d_token_eta)
+    tl.store(d_shared.token_eta + chain * 2 * M + rows, d_token_eta)
+    tl.store(d_shared.token_eta + chain * 2 * M + M + rows, d_eta_last)
 
 
 def forward(inputs: LinearInputs, problem: Problem, group: int = GROUP) -> tuple[LinearOutputs, Residuals]:
@@ -288,8 +289,10 @@ def backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) 
     check(cotangents, OUTPUTS, problem, residuals.inputs.xq.device)
     gradients, launch = plan_backward(cotangents, residuals, problem)
     launch.run(cotangents.out.device)
-    shared = (part.sum(0) for part in gradients[4:7])  # over chains and over the batch, always in the same order
-    return LinearInputs(*gradients[:4], *shared, *gradients[7:])
+    # Over chains and over the batch, always in the same order.
+    (d_token_eta, d_eta_last), d_ln_weight, d_ln_bias = (part.sum(0) for part in gradients[4:7])
+    d_token_eta[-1] += d_eta_last.sum()
+    return LinearInputs(*gradients[:4], d_token_eta, d_ln_weight, d_ln_bias, *gradients[7:])
 
 
 def plan_forward(
@@ -317,14 +320,14 @@ def plan_forward(
 def plan_backward(
     cotangents: LinearOutputs, residuals: Residuals, problem: Problem
 ) -> tuple[LinearInputs, Launch]:
-    """Gradients, those of the shared parameters still in parts [B H M], [B H D], and the launch that fills them."""
+    """Gradients, those of the shared parameters still in parts [B H 2 M], [B H D], and the launch that fills them."""
     inputs, saved_w1, saved_b1, group = residuals
     b, t, h, d = inputs.xq.shape
     like = inputs.xq
     gradients = LinearInputs(
         *(empty(like, b, t, h, d, dtype=like.dtype) for _ in range(3)),
         empty(like, b, t, h, dtype=like.dtype),
-        empty(like, b * h, problem.mini_batch),
+        empty(like, b * h, 2, problem.mini_batch),
         empty(like, b, h, d),
         empty(like, b, h, d),
         empty(like, b, h, d, d),
@@ -373,4 +376,4 @@ def _options(pass_: str, problem: Problem) -> dict[str, int]:
     largest = max(block_d(problem), problem.mini_batch)
     if pass_ == "forward":
         return {"num_warps": 4 if largest <= 64 else 8, "num_stages": 2}
-    return {"num_warps": 8 if largest <= 64 else 16, "num_stages": 1}
+    return {"num_warps": 8 if largest <= 64 else 16, "num_stages": 2}
