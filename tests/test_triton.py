@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import environment, parity
+from harness import environment, parity, static_triton
 from harness.grid import Cell
+from harness.static_ptxas import usage
 from implementations.registry import implementations
 from implementations.triton.limits import limit
 from spec.cases import CASES
@@ -136,6 +137,18 @@ def test_limits(sizes, reason):
     problem = replace(Problem("linear", 1, 256, 1, 96, 32), **sizes)
     assert limit(problem) == reason
     assert sizes.get("dtype") == "fp64" or CHAIN.supports(problem) == reason
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_the_static_report_compiles_what_a_launch_would():
+    kernel = CHAIN.static_kernels()[0]
+    assert (kernel.name, kernel.num_warps) == ("_forward", 4)
+    assert kernel.signature["inputs"].xq == ("*bf16:16", "i32:16", "i32:16", "i32:16")
+    assert kernel.signature["inputs"].lr == ("*bf16:16", "i32:16", "i32:16", "i32:1")
+    assert kernel.variant.startswith("*bf16+i32,*fp32,*fp32,*bf16+i32,*fp32,*fp32,i32,i32 D=64 BLOCK_D=64 M=16 ")
+    binary = static_triton.compile(kernel, "sm_90a")
+    assert usage(binary.log, binary.entry).spill_store_bytes == 0
 
 
 def test_the_interpreter_is_not_timed():

@@ -1,7 +1,8 @@
 """The pieces that both inner models are made of, as Triton device functions: one mini-batch of one head.
 
-Blocks are fp32 in registers, but for operands of products as they were stored; `[M, D]` stands for `[M, BLOCK_D]`, D rounded up to a power of 2, where every column past
-D holds zeros: loads put them there, and `inside` after every mean. `matmul` alone rounds, to the I/O dtype.
+Blocks are fp32 in registers, but for operands of products, which stay as they were stored. `[M, D]` stands for
+`[M, BLOCK_D]`, D rounded up to a power of 2, where every column past D holds zeros: loads put them there, and `inside`
+after every mean. `nearest` alone rounds, to the I/O dtype.
 
 The derivatives are those of `implementations/torch/blocks.py`, line for line.
 """
@@ -27,11 +28,11 @@ def nearest(x, DTYPE: tl.constexpr):
         x = x.to(DTYPE)
     else:
         x = x.to(tl.float32)
-        if DTYPE == tl.bfloat16:
+        if DTYPE.is_bf16():
             bits = x.to(tl.uint32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
             x = bits.to(tl.uint32).to(tl.float32, bitcast=True)
-        elif DTYPE == tl.float16:
+        elif DTYPE.is_fp16():
             x = x.to(tl.float16).to(tl.float32)
     return x
 
@@ -69,11 +70,7 @@ def load_tokens(view, batch, head, n, M: tl.constexpr, D: tl.constexpr, BLOCK_D:
     """[M, D], as stored: a product takes it without a conversion."""
     columns = tl.arange(0, BLOCK_D)[None, :]
     at = token_pointers(view, batch, head, n, M)[:, None] + columns
-    if D == BLOCK_D:
-        x = tl.load(at)
-    else:
-        x = tl.load(at, columns < D, 0.0)
-    return x
+    return tl.load(at) if D == BLOCK_D else tl.load(at, columns < D, 0.0)
 
 
 @triton.jit
@@ -103,6 +100,7 @@ def load_row(p, index, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def store_row(p, x, index, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[D], into row `index` of contiguous `... D`."""
     columns = tl.arange(0, BLOCK_D)
     tl.store(p + wide(index) * D + columns, x, columns < D)
 
@@ -112,11 +110,7 @@ def load_matrix(p, index, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """[D, D], matrix `index` of contiguous `... D D`, as stored."""
     rows, columns = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_D)[None, :]
     at = p + wide(index) * D * D + rows * D + columns
-    if D == BLOCK_D:
-        x = tl.load(at)
-    else:
-        x = tl.load(at, (rows < D) & (columns < D), 0.0)
-    return x
+    return tl.load(at) if D == BLOCK_D else tl.load(at, (rows < D) & (columns < D), 0.0)
 
 
 @triton.jit
