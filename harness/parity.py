@@ -26,11 +26,12 @@ from implementations.registry import implementations
 from spec.cost import affordable_form
 
 # On a CPU the checks are tiny and compiling is most of the work: one thread each, and no costly passes in XLA.
-# Kernels for a GPU run in their language's simulator.
+# Kernels for a GPU run there in their language's simulator or interpreter.
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
     "NUMBA_ENABLE_CUDASIM": "1",
+    "TRITON_INTERPRET": "1",
 }
 # On a GPU all workers share its memory: JAX allocates and frees each array instead of keeping a growing pool.
 CUDA_ENVIRONMENT = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}

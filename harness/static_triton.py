@@ -8,11 +8,12 @@ import io
 import math
 import re
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.static_binary import Binary, CompileError, MissingTool, first_error
-from implementations.kernels import TritonKernel
+from implementations.kernels import ArgumentTypes, TritonKernel
 
 
 def version() -> str:
@@ -55,11 +56,14 @@ def compile(kernel: TritonKernel, architecture: str) -> Binary:
     from triton.compiler import ASTSource
 
     function = _jit_function(kernel.function, triton)
-    signature = {**kernel.signature, **dict.fromkeys(kernel.constexprs, "constexpr")}
+    signature: dict[str, ArgumentTypes] = {**kernel.signature, **dict.fromkeys(kernel.constexprs, "constexpr")}
     if set(signature) != set(function.arg_names):
         raise CompileError(f"signature: expected {', '.join(function.arg_names)}, got {', '.join(signature)}")
-    signature = {name: signature[name] for name in function.arg_names}
-    source = ASTSource(function, signature, dict(kernel.constexprs), _alignment(kernel, function.arg_names))
+    leaves = dict(leaf for i, name in enumerate(function.arg_names) for leaf in _leaves((i,), signature[name]))
+    signature = {name: _bare(signature[name]) for name in function.arg_names}
+    ones = {path: 1 for path, kind in leaves.items() if kind.endswith(":1")}
+    constants = dict(kernel.constexprs) | ones
+    source = ASTSource(function, signature, constants, _alignment(kernel, function.arg_names, leaves))
     options: dict[str, Any] = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
     if kernel.maxnreg is not None:
         options["maxnreg"] = kernel.maxnreg
@@ -105,10 +109,31 @@ def _jit_function(function: Any, triton: Any) -> Any:
     return function
 
 
-def _alignment(kernel: TritonKernel, names: list[str]) -> dict[tuple[int], list[list[Any]]]:
-    pointers = tuple(name for name, kind in kernel.signature.items() if kind.startswith("*"))
-    aligned = pointers if kernel.aligned is None else kernel.aligned
-    return {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+def _leaves(path: tuple[int, ...], types: ArgumentTypes) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Every type of an argument with where it stands: in which argument, in which field of it, and so on."""
+    if isinstance(types, str):
+        yield path, types
+    else:
+        for i, each in enumerate(types):
+            yield from _leaves((*path, i), each)
+
+
+def _bare(types: ArgumentTypes) -> ArgumentTypes:
+    """The types as Triton takes them, without what is known of the values."""
+    if isinstance(types, str):
+        return "constexpr" if types.endswith(":1") else types.partition(":")[0]
+    return type(types)(*map(_bare, types)) if hasattr(types, "_fields") else tuple(map(_bare, types))
+
+
+def _alignment(
+    kernel: TritonKernel, names: list[str], leaves: Mapping[tuple[int, ...], str]
+) -> dict[tuple[int, ...], list[list[Any]]]:
+    aligned = [path for path, kind in leaves.items() if kind.endswith(":16")]
+    if kernel.aligned is None:
+        aligned += [path for path, kind in leaves.items() if kind.startswith("*")]
+    else:
+        aligned += [(names.index(name),) for name in kernel.aligned]
+    return {path: [["tt.divisibility", 16]] for path in aligned}
 
 
 def _capability(architecture: str) -> int:

@@ -6,7 +6,7 @@ own launches use: share the constants with the launch, or the report is about ot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from spec.problem import InnerModel
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ArgumentTypes = str | tuple["ArgumentTypes", ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +23,11 @@ class TritonKernel:
 
     Attributes:
         function: what `triton.jit` made; a wrapper such as `triton.autotune` around it is looked through.
-        signature: the type of each argument that is no constexpr: `{"p_xq": "*bf16", "tokens": "i32"}`.
+        signature: the type of each argument that is no constexpr: `{"p_xq": "*bf16", "tokens": "i32"}`; a named tuple
+            of types for an argument that is one. `:16` behind a type says that 16 divides the argument, `:1` that it
+            is 1, as in Triton's own ahead-of-time signatures.
         constexprs: the value of each argument that is one: `{"D": 64}`.
-        aligned: arguments that a launch finds divisible by 16; None for every pointer.
+        aligned: arguments that a launch finds divisible by 16 beside those of `:16`; None for every pointer.
         maxnreg: the most registers a thread may have; None for no limit.
         declared_spill_bytes: a spill that the kernel's file declares and explains; more fails the report.
         architectures: what it is written for; Triton itself takes sm_90a for sm_90.
@@ -32,7 +35,7 @@ class TritonKernel:
 
     function: Any
     inner_model: InnerModel
-    signature: Mapping[str, str]
+    signature: Mapping[str, ArgumentTypes]
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
@@ -48,11 +51,20 @@ class TritonKernel:
 
     @property
     def variant(self) -> str:
-        """The setting in one line: argument types, constexprs, options."""
+        """The setting in one line: argument types (of a tuple, which there are), constexprs, options."""
         settings = {**self.constexprs, "num_warps": self.num_warps, "num_stages": self.num_stages}
         if self.maxnreg is not None:
             settings["maxnreg"] = self.maxnreg
-        return " ".join([",".join(self.signature.values()), *(f"{name}={value}" for name, value in settings.items())])
+        types = ("+".join(dict.fromkeys(_flat(each))) for each in self.signature.values())
+        return " ".join([",".join(types), *(f"{name}={value}" for name, value in settings.items())])
+
+
+def _flat(types: ArgumentTypes) -> Iterator[str]:
+    if isinstance(types, str):
+        yield types.partition(":")[0]
+    else:
+        for each in types:
+            yield from _flat(each)
 
 
 @dataclass(frozen=True, kw_only=True)

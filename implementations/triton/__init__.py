@@ -1,10 +1,21 @@
-"""TTT layers in Triton: registered, so that reports show the rows, and not written yet."""
+"""TTT layers in Triton: `ttt_linear` is the page to read first."""
 
 from implementations.registry import Implementation
+from implementations.triton.limits import DTYPES, limit
 
-_PAGES = {inner: f"implementations.triton.ttt_{inner}" for inner in ("linear", "mlp")}
+_BOTH = {inner: f"implementations.triton.ttt_{inner}" for inner in ("linear", "mlp")}
+_CHAIN = {"linear": "implementations.triton.ttt_linear"}
 
-ENTRIES = tuple(
-    Implementation(key, "torch", _PAGES, dtypes=("fp32", "bf16", "fp16"), supports=lambda problem: "not written yet")
-    for key in ("triton.best",)
+ENTRIES = (
+    Implementation(
+        "triton.chain",
+        "torch",
+        _CHAIN,
+        dtypes=DTYPES,
+        requires=("triton",),
+        supports=limit,
+        kernels="implementations.triton.ttt_linear",
+        timed_on=("cuda",),
+    ),
+    Implementation("triton.best", "torch", _BOTH, dtypes=DTYPES, supports=lambda problem: "not written yet"),
 )

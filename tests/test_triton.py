@@ -1,0 +1,155 @@
+"""Triton's pages in its interpreter: held to the oracle through the harness, and what they refuse.
+
+A process interprets all of Triton's kernels or none: the interpreter runs in the harness's workers, not in this one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness import environment, parity, static_triton
+from harness.grid import Cell
+from harness.static_ptxas import usage
+from implementations.registry import implementations
+from implementations.triton.limits import limit
+from spec.cases import CASES
+from spec.problem import Problem
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAIN = implementations()["triton.chain"]
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+# Together: causal and not, one mini-batch and several, several heads and batches, padded D, strides, every dtype; few
+# mini-batches, since the interpreter takes a tenth of a second for each.
+CELLS = [
+    (replace(CASES["stress-strided"], tokens=32), "bf16"),
+    (replace(CASES["stress-not-causal"], tokens=48, batch=1), "fp16"),
+    (replace(CASES["stress-one-mini-batch"], batch=1), "bf16"),
+    (replace(CASES["size-d16"], batch=1), "fp32"),
+    (replace(CASES["size-d96-m32"], heads=1, tokens=64), "fp32"),
+    (replace(CASES["lm-760m-small"], heads=1, tokens=32), "fp16"),
+]
+
+
+@needs_triton
+def test_parity_with_the_oracle():
+    cells = [Cell(CHAIN, case, case.problem("linear", dtype), CHAIN.passes) for case, dtype in CELLS]
+    found = {}
+    settings = parity.Settings(environment.stamp("cpu", "test"))
+    for cell, rows in parity.run(parity.with_yardstick(cells), settings):
+        if cell.entry is CHAIN:
+            found[cell.case.name] = [(row.tensor, row.status, row.reason) for row in rows]
+    assert len(found) == len(cells)
+    assert all(len(rows) == 12 for rows in found.values()), found
+    assert not [row for rows in found.values() for row in rows if row[1] != "ok"]
+
+
+SCRIPT = """
+from dataclasses import replace
+import torch
+from implementations.triton import ttt_linear as page
+from spec.cases import CASES, draw
+case = replace(CASES["size-d16"], batch=1, heads=1)
+problem = case.problem("linear", "fp32")
+inputs, cotangents = (type(x)(*map(torch.from_numpy, x)) for x in draw(case, problem))
+
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+    except ValueError as error:
+        print(error)
+    else:
+        print("taken")
+"""
+
+
+def interpreted(code: str, interpret: str = "1") -> list[str]:
+    """What `code` prints after `SCRIPT`, in a process of its own."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT + code],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": interpret},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return run.stdout.splitlines()
+
+
+@needs_triton
+def test_what_is_saved_changes_no_bit():
+    code = """
+results = []
+for group in (1, 3, 16):
+    outputs, residuals = page.forward(inputs, problem, group)
+    results.append((*outputs, *page.backward(cotangents, residuals, problem)))
+    print(tuple(residuals.saved_w1.shape), all(torch.equal(x, y) for x, y in zip(results[0], results[-1])))
+"""
+    assert interpreted(code) == [f"(1, 1, {groups}, 16, 16) True" for groups in (4, 2, 1)]
+
+
+@needs_triton
+def test_what_does_not_fit_is_refused_with_the_way_out():
+    code = """
+outputs, residuals = page.forward(inputs, problem)
+refused(page.forward, inputs._replace(xk=inputs.xk.repeat(1, 1, 1, 2)[..., ::2]), problem)
+refused(page.forward, inputs._replace(w1=inputs.w1.mT), problem)
+refused(page.forward, inputs._replace(xv=inputs.xv.bfloat16()), problem)
+refused(page.forward, inputs._replace(lr=inputs.lr.to("meta")), problem)
+refused(page.forward, inputs, problem, 0)
+refused(page.backward, cotangents._replace(out=cotangents.out.sum().expand_as(cotangents.out)), residuals, problem)
+refused(page.forward, inputs, case.problem("linear", "fp64"))
+"""
+    strides, transposed, dtype, device, group, expanded, fp64 = interpreted(code)
+    assert strides == "xk: expected stride 1 along D, got strides (2048, 32, 32, 2): call .contiguous()"
+    assert transposed.startswith("w1: expected a contiguous tensor") and transposed.endswith("call .contiguous()")
+    assert dtype == "xv: expected float32, got bfloat16"
+    assert device == "lr: expected a tensor on cpu, as the others, got meta"
+    assert group.startswith("group: expected at least 1")
+    assert expanded.startswith("out: expected stride 1 along D, got strides (0, 0, 0, 0)")
+    assert fp64 == "dtype: expected one of fp32, bf16, fp16, got fp64: use torch.eager"
+
+
+@needs_triton
+def test_a_cpu_tensor_needs_the_interpreter():
+    (said,) = interpreted("refused(page.forward, inputs, problem)", interpret="0")
+    assert said.startswith("xq: expected a tensor on cuda, got cpu: move it there, use torch.eager, or set TRITON_INT")
+
+
+@pytest.mark.parametrize(
+    "sizes, reason",
+    [
+        ({"head_dim": 192}, "head_dim: expected at most 128, got 192: use torch.eager"),
+        ({"mini_batch": 8}, "mini_batch: expected one of 16, 32, 64, 128, got 8: use torch.eager"),
+        ({"dtype": "fp64"}, "dtype: expected one of fp32, bf16, fp16, got fp64: use torch.eager"),
+        ({}, None),
+    ],
+)
+def test_limits(sizes, reason):
+    problem = replace(Problem("linear", 1, 256, 1, 96, 32), **sizes)
+    assert limit(problem) == reason
+    assert sizes.get("dtype") == "fp64" or CHAIN.supports(problem) == reason
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_the_static_report_compiles_what_a_launch_would():
+    kernel = CHAIN.static_kernels()[0]
+    assert (kernel.name, kernel.num_warps) == ("_forward", 4)
+    assert kernel.signature["inputs"].xq == ("*bf16:16", "i32:16", "i32:16", "i32:16")
+    assert kernel.signature["inputs"].lr == ("*bf16:16", "i32:16", "i32:16", "i32:1")
+    assert kernel.variant.startswith("*bf16+i32,*fp32,*fp32,*bf16+i32,*fp32,*fp32,i32,i32 D=64 BLOCK_D=64 M=16 ")
+    binary = static_triton.compile(kernel, "sm_90a")
+    assert usage(binary.log, binary.entry).spill_store_bytes == 0
+
+
+def test_the_interpreter_is_not_timed():
+    assert "simulator" in CHAIN.untimed(CASES["size-d16"].problem("linear", "fp32"), "cpu")
