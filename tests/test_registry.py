@@ -68,12 +68,19 @@ def test_names_select_in_their_order_and_once():
         ({"dtypes": ("bf16",)}, "has no fp32"),
         ({"devices": ("cuda",)}, "does not run on cpu"),
         ({"supports": lambda problem: f"no head of {problem.head_dim}"}, "no head of 16"),
+        ({"supports_on_cpu": lambda problem: "minutes"}, "minutes"),
+        ({"supports_on_cpu": lambda problem: "minutes", "requires": ("no_such",)}, "no_such is not installed"),
         ({}, None),
     ],
 )
 def test_what_cannot_run_is_a_reason_and_not_a_crash(change, reason):
     entry = replace(Implementation("some.thing", "torch", PAGES), **change)
     assert entry.unsupported(PROBLEM, "cpu") == reason
+
+
+def test_limits_on_a_cpu_are_none_on_a_gpu():
+    entry = Implementation("some.thing", "torch", PAGES, supports_on_cpu=lambda problem: "minutes")
+    assert entry.unsupported(PROBLEM, "cuda") is None
 
 
 def test_tf32_does_not_run_on_a_cpu():
