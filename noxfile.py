@@ -111,6 +111,13 @@ def report(session: nox.Session) -> None:
 
 
 @nox.session(reuse_venv=True)
+def peers(session: nox.Session) -> None:
+    """Hold public TTT kernels to the oracle, as far as this machine can run them."""
+    _install(session, "-e", ".[cpu,dev,peers]")
+    _python(session, "-m", "harness", "parity", "--grid", "peers", *session.posargs)
+
+
+@nox.session(reuse_venv=True)
 def lint(session: nox.Session) -> None:
     """Check the style with ruff."""
     _install(session, "ruff")

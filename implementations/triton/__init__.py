@@ -2,18 +2,24 @@
 
 from implementations.registry import Implementation
 from implementations.triton.limits import DTYPES, limit
+from implementations.triton.mlp_limits import supports as mlp_limit
+from spec.problem import Problem
 
 _BOTH = {inner: f"implementations.triton.ttt_{inner}" for inner in ("linear", "mlp")}
-_CHAIN = {"linear": "implementations.triton.ttt_linear"}
+
+
+def _limit(problem: Problem) -> str | None:
+    return limit(problem) if problem.inner_model == "linear" else mlp_limit(problem)
+
 
 ENTRIES = (
     Implementation(
         "triton.chain",
         "torch",
-        _CHAIN,
+        _BOTH,
         dtypes=DTYPES,
         requires=("triton",),
-        supports=limit,
+        supports=_limit,
         kernels="implementations.triton.ttt_linear",
         timed_on=("cuda",),
     ),
