@@ -130,6 +130,13 @@ def test_a_cpu_tensor_needs_the_interpreter():
         ({"head_dim": 192}, "head_dim: expected at most 128, got 192: use torch.eager"),
         ({"mini_batch": 8}, "mini_batch: expected one of 16, 32, 64, 128, got 8: use torch.eager"),
         ({"dtype": "fp64"}, "dtype: expected one of fp32, bf16, fp16, got fp64: use torch.eager"),
+        (
+            {"mini_batch": 128},
+            "head_dim: 96 with mini_batch 128 in ieee fp32 needs more shared memory than an H100 has: "
+            "use a smaller mini_batch, or bf16",
+        ),
+        ({"mini_batch": 128, "dtype": "bf16"}, None),
+        ({"matmul_precision": "tf32"}, None),
         ({}, None),
     ],
 )

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from implementations.triton.blocks import INTERPRETED
@@ -56,11 +55,6 @@ def view(x: Tensor) -> View:
 def tokens(xq: Tensor, xk: Tensor, xv: Tensor, lr: Tensor) -> Tokens:
     """Inputs or gradients as a kernel takes them."""
     return Tokens(view(xq), view(xk), view(xv), view(lr))
-
-
-def block_d(problem: Problem) -> int:
-    """D rounded up to what a block may have: a power of 2 that matrix products take."""
-    return max(16, triton.next_power_of_2(problem.head_dim))
 
 
 def check(

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from implementations.kernels import TritonKernel
-from implementations.triton.arguments import Shared, State, block_d, check, empty, tokens, view
+from implementations.triton.arguments import Shared, State, check, empty, tokens, view
 from implementations.triton.blocks import (
     inner_gradient,
     inner_gradient_backward,
@@ -53,6 +53,7 @@ from implementations.triton.blocks import (
     token_pointers,
 )
 from implementations.triton.launch import Launch, meta
+from implementations.triton.limits import block_d
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
 
@@ -375,7 +376,7 @@ def _constants(problem: Problem, group: int) -> dict[str, object]:
 
 
 def _options(pass_: str, problem: Problem) -> dict[str, int]:
-    largest = max(block_d(problem), problem.mini_batch)
-    if pass_ == "forward":
-        return {"num_warps": 4 if largest <= 64 else 8, "num_stages": 2}
-    return {"num_warps": 8 if largest <= 64 else 16, "num_stages": 2}
+    """Warps by what ptxas spills, stages by what shared memory holds; untimed."""
+    d, m = block_d(problem), problem.mini_batch
+    warps = 4 if max(d, m) <= 64 else 8
+    return {"num_warps": warps if pass_ == "forward" else 2 * warps, "num_stages": 2 if d * m <= 64 * 64 else 1}
