@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -31,8 +32,8 @@ class Framework(Protocol):
     def arrays(self, tensors: Any, strided: bool = False) -> Any:
         """The named tuple `tensors` of NumPy arrays as arrays on the device; see `Case.strided`."""
 
-    def numpy(self, tensors: Any) -> Any:
-        """The named tuple `tensors` of device arrays as NumPy arrays, bit for bit."""
+    def copies(self, tensors: Any) -> Any:
+        """The named tuple `tensors` of device arrays copied into PyTorch tensors, bit for bit, on that device."""
 
     def synchronize(self, result: Any) -> None:
         """Wait until everything that `result` depends on has been computed."""
@@ -122,12 +123,9 @@ class _Torch:
         array = bits.to(self.device, copy=True)
         return array.transpose(1, 2).contiguous().transpose(1, 2) if strided else array
 
-    def numpy(self, tensors: Any) -> Any:
-        return type(tensors)(*map(self._numpy, tensors))
-
-    def _numpy(self, x: Any) -> np.ndarray:
-        x = x.detach().to("cpu", copy=True).contiguous()  # what is overwritten later shall show
-        return x.view(self.torch.int16).numpy().view(_BF16) if x.dtype == self.torch.bfloat16 else x.numpy()
+    def copies(self, tensors: Any) -> Any:
+        """See `Framework`: what is overwritten later shall show."""
+        return type(tensors)(*(x.detach().clone(memory_format=self.torch.contiguous_format) for x in tensors))
 
     def synchronize(self, result: Any) -> None:
         if self.device == "cuda":
@@ -179,8 +177,13 @@ class _Jax:
         """JAX has no strides: `strided` changes nothing."""
         return type(tensors)(*(self.jax.device_put(x, self.place) for x in tensors))
 
-    def numpy(self, tensors: Any) -> Any:
-        return type(tensors)(*map(np.asarray, tensors))
+    def copies(self, tensors: Any) -> Any:
+        import torch
+
+        copies = type(tensors)(*(torch.from_dlpack(x).clone() for x in self.jax.block_until_ready(tensors)))
+        if self.device == "cuda":
+            torch.cuda.synchronize()  # JAX knows nothing of the copies, and may write where they are read
+        return copies
 
     def synchronize(self, result: Any) -> None:
         self.jax.block_until_ready(result)
@@ -190,7 +193,9 @@ class _Jax:
             _poison_malloc()
 
     def release_memory(self) -> None:
-        """JAX keeps what it has; see `parity.CUDA_ENVIRONMENT`."""
+        """JAX keeps what it has (see `parity.CUDA_ENVIRONMENT`), PyTorch nothing of what was copied."""
+        if self.device == "cuda" and (torch := sys.modules.get("torch")):
+            torch.cuda.empty_cache()
 
     def reset_peak_memory(self) -> None:
         """JAX counts one peak for the whole process: not reported."""

@@ -135,10 +135,10 @@ def test_one_lr_is_the_same_in_a_mini_batch_and_else_what_it_was():
 def judged(page, case: Case, problem: Problem, framework: str, tmp_path: Path) -> dict[str, float]:
     """The error of every tensor over what is allowed."""
     jobs.save_truth(case, problem, 0, "cpu", tmp_path)
-    truth = jobs.load_truth(problem, tmp_path)
+    drawn, truth = jobs.load_drawn(problem, tmp_path), jobs.load_truth(problem, tmp_path)
 
     def examined(page, framework):
-        found = check.examine(page, case, problem, ("backward",), 0, open_framework(framework, "cpu"), truth)
+        found = check.examine(page, problem, ("backward",), drawn, open_framework(framework, "cpu"), truth)
         assert not [one.fault for one in found if one.fault]
         return {one.tensor: one for one in found}
 
