@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.frameworks import Framework
+from spec.cost import working_bytes
 from spec.problem import Pass, Problem
 from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs, validate
 
@@ -71,7 +72,8 @@ def examine(
     given, pulled = (framework.arrays(arrays, strided) for arrays in drawn)
     inputs, cotangents = framework.copies(given), framework.copies(pulled)
 
-    framework.poison()
+    memory = working_bytes(problem)
+    framework.poison(memory)
     (results, residuals), forward_s = _timed(framework, page.forward, given, problem)
     validate(results, OUTPUTS, problem)
     outputs = framework.copies(results)
@@ -79,7 +81,7 @@ def examine(
 
     gradients, backward_s = None, None
     if "backward" in passes:
-        framework.poison()
+        framework.poison(memory)
         pulled_back, backward_s = _timed(framework, page.backward, pulled, residuals, problem)
         validate(pulled_back, INPUTS, problem)
         gradients = framework.copies(pulled_back)
@@ -94,7 +96,7 @@ def examine(
         del repeated
 
     del residuals, results
-    framework.poison()
+    framework.poison(memory)
     faults |= _unequal(outputs, framework.copies(page.forward(given, problem)[0]))
     del given, pulled
 

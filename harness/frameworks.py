@@ -38,8 +38,8 @@ class Framework(Protocol):
     def synchronize(self, result: Any) -> None:
         """Wait until everything that `result` depends on has been computed."""
 
-    def poison(self) -> None:
-        """Leave NaN in the memory that the next arrays will be made of, so that an unwritten element shows."""
+    def poison(self, size: int) -> None:
+        """Leave NaN in some `size` bytes that the next arrays will be made of: what nobody writes shows."""
 
     def release_memory(self) -> None:
         """Give cached device memory back, for the other processes on the device."""
@@ -131,12 +131,12 @@ class _Torch:
         if self.device == "cuda":
             self.torch.cuda.synchronize()
 
-    def poison(self) -> None:
+    def poison(self, size: int) -> None:
         if self.device == "cpu":
             _poison_malloc()
         else:  # freed blocks go back to the caching allocator, which hands them out again
             free, _ = self.torch.cuda.mem_get_info()
-            sizes = [min(free // 4, 2**32) // 4] + 64 * [2**17]
+            sizes = [min(free // 4, size, 2**32) // 4] + 64 * [2**17]
             _ = [self.torch.full((size,), float("nan"), device="cuda") for size in sizes]
 
     def release_memory(self) -> None:
@@ -188,7 +188,7 @@ class _Jax:
     def synchronize(self, result: Any) -> None:
         self.jax.block_until_ready(result)
 
-    def poison(self) -> None:
+    def poison(self, size: int) -> None:
         if self.device == "cpu":
             _poison_malloc()
 

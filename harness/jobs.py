@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ from spec.problem import Dtype, Pass, Problem
 from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs, tensor_specs
 
 _DRAWN = "given_", "pulled_"  # inputs, and the cotangents of the outputs
+
+
+def warm_up(entry: Implementation | None, device: Device) -> None:
+    """Import what an implementation needs, or the oracle, and have the device answer."""
+    _open(entry.framework if entry else "torch", device).touch()
+    for page in set(entry.pages.values()) if entry else ():
+        importlib.import_module(page)
 
 
 def save_truth(case: Case, problem: Problem, seed: int, device: Device, folder: Path) -> None:
@@ -82,9 +90,9 @@ def check(
         framework.release_memory()
 
 
-def place(subject: Subject) -> None:
-    """Put the inputs of `subject` on the device, in place of another's."""
-    _stand_of(subject)
+def place(subject: Subject, pass_: Pass) -> None:
+    """Put the inputs of `subject` on the device, in place of another's, and make the first calls of a pass."""
+    _stand_of(subject).start(pass_)
 
 
 def ready(subject: Subject, pass_: Pass, timer: str | None = None) -> Ready:

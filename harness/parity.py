@@ -7,15 +7,16 @@ compiling and into chains of launches, which wait for each other within a proces
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from harness.environment import Stamp
 from harness.grid import Cell
 from harness.rows import ParityRow
 from harness.worker import Failure, Worker
-from implementations.registry import implementations
-from spec.cost import affordable_form
+from implementations.registry import Implementation, implementations
+from spec.cost import affordable_form, working_bytes
 from spec.problem import Problem
 
 # On a CPU the checks are tiny and compiling is most of the work: one thread each, and no costly passes in XLA.
@@ -42,8 +43,9 @@ CPU_ENVIRONMENT = {
 CUDA_ENVIRONMENT = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
 _GROUPS = {"cpu": 2, "cuda": 8}  # in work at once: the numbers and the truth of a full-size one are gigabytes
 _PROCESSES = {"cpu": 1, "cuda": 3}  # of each implementation and of the oracle, at most
+WARM_UP_SECONDS = 120.0  # for a process to import what it needs
 _MEMORY, _ROOM_BYTES = Path("/dev/shm"), 2**35  # where there is so much room, the files are in memory
-DEVICE_BYTES = 70 * 10**9  # that the checks at work may take together, by their estimate
+DEVICE_BYTES = 50 * 10**9  # that the checks at work may take together, by their estimate; processes take the rest
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,11 @@ class _Runner:
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         reasons = [cell.entry.unsupported(cell.problem, self.settings.stamp.device) for cell in group]
         runnable = not all(reasons)
-        truth = self._submit("oracle", self._compute, group[0], folder) if runnable else _done(None)
+        truth = self._submit(None, self._compute, group[0], folder) if runnable else _done(None)
         checks = [
             _done(Failure("unsupported", reason))
             if reason
-            else self._submit(cell.entry.key, self._check, cell, folder, truth)
+            else self._submit(cell.entry, self._check, cell, folder, truth)
             for cell, reason in zip(group, reasons, strict=True)
         ]
         left = itertools.count(len(checks) - 1, -1)
@@ -159,7 +161,7 @@ class _Runner:
         if self.settings.stamp.device == "cpu":
             return 1
         share = DEVICE_BYTES / self.settings.jobs
-        return min(max(round(working_bytes(problem) / share), 1), self.settings.jobs)
+        return min(1 + int(working_bytes(problem) / share), self.settings.jobs)
 
     @contextmanager
     def _taking(self, slots: int) -> Iterator[None]:
@@ -171,10 +173,14 @@ class _Runner:
         finally:
             self._slots.release(slots)
 
-    def _submit(self, lane: str, function: Any, *arguments: Any) -> Future:
-        if lane not in self._lanes:
-            self._lanes[lane] = _Lane(self._environment, _PROCESSES[self.settings.stamp.device])
-        return self._lanes[lane].submit(function, *arguments)
+    def _submit(self, entry: Implementation | None, function: Any, *arguments: Any) -> Future:
+        """Call in a process of the implementation, or of the oracle."""
+        key, device = entry.key if entry else "oracle", self.settings.stamp.device
+        if key not in self._lanes:
+            workers = [Worker(self._environment) for _ in range(_PROCESSES[device])]
+            warm = functools.partial(jobs.warm_up, entry, device) if device == "cuda" else None
+            self._lanes[key] = _Lane(workers, warm)
+        return self._lanes[key].submit(function, *arguments)
 
     def _stop(self) -> None:
         """End all processes, and let go of every thread that waits for something."""
@@ -185,12 +191,20 @@ class _Runner:
 class _Lane:
     """Processes that share the calls of one implementation, or of the oracle, and a thread that waits for each."""
 
-    def __init__(self, environment: Mapping[str, str], processes: int):
-        self._threads = ThreadPoolExecutor(processes)
-        self._workers = [Worker(environment) for _ in range(processes)]
+    def __init__(self, workers: list[Worker], warm_up: Callable[[], None] | None):
+        """`warm_up` is called in each process at once: it has started when the first truth is there."""
+        self._workers, self._threads = workers, ThreadPoolExecutor(len(workers))
         self._idle = queue.LifoQueue[Worker]()  # a process that has started is taken before one that has not
-        for worker in self._workers:
-            self._idle.put(worker)
+        for worker in workers:
+            if warm_up:
+                threading.Thread(target=self._start, args=(worker, warm_up), daemon=True).start()
+            else:
+                self._idle.put(worker)
+
+    def _start(self, worker: Worker, warm_up: Callable[[], None]) -> None:
+        with suppress(Failure):  # whatever it is, the first check says so
+            worker.call(warm_up, timeout=WARM_UP_SECONDS)
+        self._idle.put(worker)
 
     def submit(self, function: Any, *arguments: Any) -> Future:
         """Call `function(worker, *arguments)` when a process is free; in the order of the calls."""
@@ -223,14 +237,6 @@ def _room() -> Path | None:
         return _MEMORY if shutil.disk_usage(_MEMORY).free >= _ROOM_BYTES else None
     except OSError:
         return None
-
-
-def working_bytes(problem: Problem) -> int:
-    """Roughly what a check takes: fast weights in front of each mini-batch, and a dozen activations, in fp32."""
-    d, f = problem.head_dim, problem.hidden
-    weights, wide = (d * d, 0) if problem.inner_model == "linear" else (2 * d * f, 4 * f)
-    heads = problem.batch * problem.heads
-    return 4 * heads * (problem.mini_batches * weights + problem.tokens * (12 * d + wide))
 
 
 def _done(value: Any) -> Future:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import ceilings, jobs
+from harness import ceilings, jobs, parity
 from harness.ceilings import Ceilings
 from harness.device_clock import CuptiClock
 from harness.environment import Stamp
@@ -34,7 +34,7 @@ from harness.rows import ParityRow, Row, SampleRow, SweepRow
 from harness.timing import Block, Cache, Ready, Subject, percentiles
 from harness.worker import Failure, Worker
 from implementations.registry import Device
-from spec.cost import bytes_min, flops
+from spec.cost import bytes_min, flops, working_bytes
 from spec.problem import PASSES, Pass
 
 ROUNDS = (2, 3)  # at least, in all processes together; at most, in each: fewer of what is slow
@@ -156,10 +156,10 @@ class _Subject:
         finally:
             self._left_s -= time.monotonic() - started
 
-    def place(self, process: int) -> None:
-        """Have one process import its framework and put the inputs on the device: seconds, for all at once."""
+    def place(self, process: int, pass_: Pass) -> None:
+        """Have one process import its framework, put the inputs on the device and compile the pass."""
         try:
-            self.workers[process].call(jobs.place, self._subject, timeout=self._left_s)
+            self.workers[process].call(jobs.place, self._subject, pass_, timeout=self._left_s)
         except Failure as failure:
             self.failure = failure
 
@@ -226,8 +226,9 @@ class _Bench:
 
     def _take_turns(self, subjects: Sequence[_Subject], pass_: Pass) -> None:
         turns = list(itertools.product(range(self._protocol.processes), subjects))
-        with ThreadPoolExecutor(max(len(turns), 1)) as pool:
-            list(pool.map(lambda turn: turn[1].place(turn[0]), turns))
+        at_once = min(len(turns), *(parity.DEVICE_BYTES // working_bytes(s.cell.problem) for s in subjects), 64)
+        with ThreadPoolExecutor(max(at_once, 1)) as pool:
+            list(pool.map(lambda turn: turn[1].place(turn[0], pass_), turns))
         for process, subject in turns:
             subject.get_ready(process, pass_)
         for subject in subjects[:1]:

@@ -93,8 +93,8 @@ class Stand:
         self._next = 0
         self._is_slow = self._is_large = False
 
-    def ready(self, pass_: Pass, timer: str | None = None) -> Ready:
-        """Make the calls of a pass, and make the first ones; `timer` names the clock where it is settled."""
+    def start(self, pass_: Pass) -> None:
+        """Make the first calls that a pass needs: what is compiled then may take minutes, of the host alone."""
         self._calls, self._pass, self._next = [], None, 0
         framework, page, problem = self._framework, self._page, self.subject.problem
         if "forward" not in self._first_s:
@@ -105,6 +105,12 @@ class Stand:
                 lambda: page.backward(self._cotangents[0], residuals, problem)
             )
             del residuals
+            framework.release_memory()
+
+    def ready(self, pass_: Pass, timer: str | None = None) -> Ready:
+        """Make the calls of a pass, and warm them up; `timer` names the clock where it is settled."""
+        self.start(pass_)
+        framework = self._framework
         self._calls = [self._call(pass_, number) for number in range(len(self._inputs))]
         first = self._first_s.get(pass_) or self._first_s["forward"] + self._first_s["backward"]
         before = framework.allocated_bytes()
