@@ -221,8 +221,12 @@ class _Bench:
         return _Subject(cell, self._workers[key], self._numbers, self._settings)
 
     def _environment(self) -> dict[str, str]:
-        """Compilers find what the parity checks made, and what other processes of the sweep did; nothing older."""
-        return compiler_caches(self._settings.compiled or Path(self._folder.name))
+        """Compilers find what the parity checks made, and what other processes of the sweep did; nothing older.
+
+        A CPU's problems are tiny, and threads would only wait for each other.
+        """
+        caches = compiler_caches(self._settings.compiled or Path(self._folder.name))
+        return caches | ({"OMP_NUM_THREADS": "1"} if self._settings.stamp.device == "cpu" else {})
 
     def _take_turns(self, subjects: Sequence[_Subject], pass_: Pass) -> None:
         turns = list(itertools.product(range(self._protocol.processes), subjects))
