@@ -100,7 +100,7 @@ def _sweep(options: argparse.Namespace) -> int:
     unchecked = sweep.unchecked(left, checked, settings)
     groups = parity.with_yardstick(unchecked)
     with _progress() as bar, tempfile.TemporaryDirectory(prefix="ttt-lab-compiled-") as compiled:
-        settings = replace(settings, compiled=Path(compiled))
+        settings = replace(settings, compiled=settings.compiled or Path(compiled))
         task = bar.add_task("parity", total=sum(map(len, groups)))
         for cell, found in parity.run(groups, settings):
             records.append(checked_path, found)
@@ -197,7 +197,7 @@ def _open(options: argparse.Namespace) -> tuple[Path, Settings]:
         _load(folder / name, kind)  # refuses what could not be added to, before any work
     arguments = {name: value for name, value in vars(options).items() if name not in ("command", "results")}
     environment.save(folder, stamp, {"command": options.command.__name__.strip("_")} | arguments)
-    return folder, Settings(stamp, options.seed, options.jobs or Settings.jobs, options.timeout)
+    return folder, Settings(stamp, options.seed, options.jobs or Settings.jobs, options.timeout, options.compiled)
 
 
 def _load(path: Path, kind: type[Row]) -> list[Row]:
@@ -258,6 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--seed", type=int, default=0, help="of the inputs; times in sweep.csv are of the last seed")
     common.add_argument("--jobs", type=int, help="checks at once; default: the number of cores")
     common.add_argument("--git-sha", metavar="SHA", help="the commit, where the tree is a copy without .git")
+    common.add_argument("--compiled", type=Path, metavar="DIR", help="for what compilers make; default: none is kept")
     common.add_argument("--timeout", type=float, default=Settings.timeout, help="seconds for one call")
 
     command = commands.add_parser("parity", parents=[common], help="hold implementations to the float64 oracle")

@@ -38,10 +38,11 @@ from spec.cost import bytes_min, flops, working_bytes
 from spec.problem import PASSES, Pass
 
 ROUNDS = (2, 3)  # at least, in all processes together; at most, in each: fewer of what is slow
-PROCESS_SECONDS = 1.0  # for all of a process's rounds, if that is more than the fewest
+PROCESS_SECONDS = 0.5  # for all of a process's rounds, if that is more than the fewest
 BLOCK_SECONDS = 0.02
 BLOCK_CALLS = 20
-BLOCK_LAUNCHES = 3000  # cupti-python makes an object of each, in a tenth of a millisecond
+BLOCK_LAUNCHES = 3000  # of recorded calls
+RECORD_SECONDS = 1e-4  # for each launch: cupti-python makes an object of it
 # Not `unsupported`: what was missing may have been installed since.
 _FINAL = ("ok", "wrong", "oom", "timeout", "crash", "error")
 
@@ -263,11 +264,14 @@ def _block(subject: _Subject, process: int, round_: int, pass_: Pass, cache: Cac
     if subject.failure or cache in subject.refused:
         return
     ready = subject.ready[process]
-    seconds, recorded = ready.call_ms / 1e3, ready.trial.launches if ready.timer == CuptiClock.name else None
-    calls = min(int(BLOCK_SECONDS / seconds), BLOCK_CALLS, BLOCK_LAUNCHES // (recorded or 1))
+    seconds, recorded = ready.call_ms / 1e3, 0
+    if ready.timer == CuptiClock.name:
+        recorded = subject.ready[0].trial.launches or 0
+    calls = min(int(BLOCK_SECONDS / seconds), BLOCK_CALLS, BLOCK_LAUNCHES // max(recorded, 1))
     calls = max(calls, 1)
     fewest = -(-ROUNDS[0] // len(subject.workers))
-    if round_ >= max(fewest, PROCESS_SECONDS / ((2 * calls + 1) * seconds)):  # on the device, on the host, uncounted
+    block_s = (2 * calls + 1) * seconds + calls * recorded * RECORD_SECONDS  # device, host, one uncounted
+    if round_ >= max(fewest, PROCESS_SECONDS / block_s):
         return
     block = subject.call(process, jobs.block, pass_, cache, calls)
     if block:
