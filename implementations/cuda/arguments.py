@@ -46,9 +46,7 @@ def check(
         raise ValueError(reason)
     check_layout(tensors, kinds, problem, None if like is None else like.device)
     device = tensors[0].device
-    missing = (
-        emulator.missing() if device.type == "cpu" else module.fault() if device.type == "cuda" else "no CUDA there"
-    )
+    missing = {"cpu": emulator.missing, "cuda": module.fault}.get(device.type, lambda: "it is neither a CPU nor CUDA")()
     if missing:
         raise ValueError(f"{tensors._fields[0]}: no kernel runs on {device}: {missing}")  # type: ignore[attr-defined]
 

@@ -213,7 +213,9 @@ def _kernels(M: int, D: int, CAUSAL: bool, eps: float) -> Kernels:
                 gradients.lr[batch, t + i, head] = dot_rows(d_z1[i], g_z1[i], D)
                 for j in range(D):
                     d_z1[i, j] *= inputs.lr[batch, t + i, head]
-                inner_gradient_backward(d_z1[i], g_z1[i], x_hat[i], rstd[i], d_target[i], gamma, beta, pulled[i], D)
+                inner_gradient_backward(
+                    d_z1[i], g_z1[i], x_hat[i], rstd[i], d_target[i], gamma, beta, pulled[i], D
+                )
             cuda.syncthreads()
 
             # z1 = xk w1 + b1
@@ -255,7 +257,9 @@ def kernels(problem: Problem) -> Kernels:
     return _kernels(problem.mini_batch, problem.head_dim, problem.causal, problem.eps)
 
 
-def forward(inputs: LinearInputs, problem: Problem, every: int = numba_scan.EVERY) -> tuple[LinearOutputs, Residuals]:
+def forward(
+    inputs: LinearInputs, problem: Problem, every: int = numba_scan.EVERY
+) -> tuple[LinearOutputs, Residuals]:
     """Outputs of TTT-Linear, and what `backward` needs; the weights are kept once in `every` mini-batches.
 
     Raises:

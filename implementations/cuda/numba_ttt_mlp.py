@@ -310,7 +310,9 @@ def _kernels(M: int, D: int, F: int, CAUSAL: bool, eps: float) -> Kernels:
                 gradients.lr[batch, t + i, head] = dot_rows(d_z2[i], g_z2[i], D)
                 for j in range(D):
                     d_z2[i, j] *= inputs.lr[batch, t + i, head]
-                inner_gradient_backward(d_z2[i], g_z2[i], x_hat[i], rstd[i], d_target[i], gamma, beta, pulled2[i], D)
+                inner_gradient_backward(
+                    d_z2[i], g_z2[i], x_hat[i], rstd[i], d_target[i], gamma, beta, pulled2[i], D
+                )
             cuda.syncthreads()
 
             # z2 = gelu(z1) w2 + b2
@@ -343,7 +345,9 @@ def _kernels(M: int, D: int, F: int, CAUSAL: bool, eps: float) -> Kernels:
                     d_w1[i, j] += dot(xq.T, d_z1_bar, i, j, M) + dot(xk.T, d_z1, i, j, M)
             for i in range(row, F, rows):
                 for j in range(column, D, columns):
-                    d_w2[i, j] += dot(x2_bar.T, d_z2_bar, i, j, M) + dot(x2.T, d_z2, i, j, M) + dot(d_u.T, h2, i, j, M)
+                    d_w2[i, j] += (
+                        dot(x2_bar.T, d_z2_bar, i, j, M) + dot(x2.T, d_z2, i, j, M) + dot(d_u.T, h2, i, j, M)
+                    )
             for j in range(thread, F, threads):
                 for i in range(M):
                     d_b1[j] += d_z1_bar[i, j] + d_z1[i, j]
