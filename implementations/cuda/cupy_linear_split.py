@@ -66,6 +66,37 @@ class ForwardArguments(NamedTuple):
     eps: float
 
 
+class BackwardArguments(NamedTuple):
+    """The struct of the same name in `kernels/linear_backward.cu`."""
+
+    xq: View
+    xk: View
+    xv: View
+    lr: View
+    token_eta: Tensor
+    ln_weight: Tensor
+    ln_bias: Tensor
+    saved: Tensor
+    d_out: View
+    d_final_w1: Tensor
+    d_final_b1: Tensor
+    d_xq: View
+    d_xk: View
+    d_xv: View
+    d_lr: View
+    d_token_eta: Tensor
+    d_ln_weight: Tensor
+    d_ln_bias: Tensor
+    d_w1: Tensor
+    d_b1: Tensor
+    d_weights: Tensor
+    scratch: Tensor
+    heads: int
+    mini_batches: int
+    group: int
+    eps: float
+
+
 class Ring(NamedTuple):
     """How far readers may fall behind: teams of readers, and of each team slots (of weights) and stages (of tokens)."""
 
@@ -74,39 +105,78 @@ class Ring(NamedTuple):
     stages: int
 
 
-# By M, most first; `_ring` takes the first that fits into shared memory.
-RINGS = {
+# By M, the first that fits into shared memory is taken. In the backward both passes have the same teams.
+FORWARD_RINGS = {
     16: (Ring(4, 1, 3), Ring(3, 1, 3), Ring(2, 1, 3), Ring(2, 1, 2)),
     32: (Ring(2, 2, 5), Ring(2, 1, 3), Ring(1, 1, 3), Ring(1, 1, 2)),
     64: (Ring(1, 2, 5), Ring(1, 2, 4), Ring(1, 1, 3), Ring(1, 1, 2)),
     128: (Ring(1, 1, 3), Ring(1, 1, 2)),
 }
+BACKWARD_RINGS = {
+    16: ((4, 3, 2), (3, 3, 2), (2, 3, 2), (1, 3, 3), (1, 2, 2)),  # teams, stages forth, stages back
+    32: ((2, 3, 2), (1, 3, 2), (1, 2, 2)),
+    64: ((1, 3, 2), (1, 2, 2)),
+    128: ((1, 2, 2),),
+}
 
 
-def forward_bytes(problem: Problem, ring: Ring) -> int:
-    """Shared memory of a block: `Plan::BYTES`."""
+def _forward_bytes(problem: Problem, ring: Ring) -> int:
+    """Shared memory of a block: `Plan::BYTES` of FORWARD."""
     d, m = problem.head_dim, problem.mini_batch
     tokens = 2 * m * (d + 8)
     stage = 3 * tokens + 4 * m
     slot = 2 * d * (d + 8) + 4 * d + (tokens if problem.causal else 0)
-    return ring.groups * (ring.stages * stage + ring.slots * slot) + 2 * 2 * d * m + 12 * d + 4 * m + 16
+    return 12 * d + 4 * m + 16 + 4 * d * m + ring.groups * (ring.stages * stage + ring.slots * slot)
 
 
-def forward_kernel(problem: Problem, ring: Ring | None = None, options: tuple[str, ...] = ()) -> CudaKernel:
-    """The instance that solves `problem`."""
+def _backward_bytes(problem: Problem, groups: int, forth: int, back: int) -> int:
+    """The larger `Plan::BYTES` of AGAIN and REVERSE."""
     d, m = problem.head_dim, problem.mini_batch
-    ring = ring or next(ring for ring in RINGS[m] if forward_bytes(problem, ring) <= SHARED_BYTES)
-    threads = 2 * d + 32 * min(m // 16, 4) * ring.groups
-    shared = forward_bytes(problem, ring)
-    causal = str(problem.causal).lower()
+    tokens, pairs = 2 * m * (d + 8), 2 * m * (m + 8) if problem.causal else 0
+    readers = groups * min(m // 16, 4)
+    fixed = 12 * d + 4 * m + 16 + (readers + 1) * 8 * d + (groups * m + d // 16 + 3) // 4 * 16
+    again = forth * (4 * tokens + 4 * m) + 2 * d * (d + 8) + 4 * d + (tokens if problem.causal else 0)
+    reverse = back * (4 * tokens + 4 * m + 2 * pairs + 4 * m * d + 32 * m) + 2 * d * (d + 8) + 3 * tokens
+    return fixed + 4 * d * m + groups * max(again, reverse)
+
+
+def _first_that_fits(rings, count, problem: Problem):
+    return next((ring for ring in rings.get(problem.mini_batch, ()) if count(problem, ring) <= SHARED_BYTES), None)
+
+
+def _kernel(name: str, problem: Problem, groups: int, ring: tuple[int, ...], shared: int, options: tuple[str, ...]):
+    d, m = problem.head_dim, problem.mini_batch
+    threads = 2 * d + 32 * min(m // 16, 4) * groups
+    settings = ", ".join(map(str, (d, m, str(problem.causal).lower(), groups, *ring)))
     return CudaKernel(
-        source=KERNELS / "linear_forward.cu",
-        expression=f"ttt::linear_forward<{TYPES[problem.dtype]}, {d}, {m}, {causal}, {', '.join(map(str, ring))}>",
+        source=KERNELS / f"{name}.cu",
+        expression=f"ttt::{name}<{TYPES[problem.dtype]}, {settings}>",
         inner_model="linear",
         threads=threads,
         options=("--std=c++17", f"-DTTT_SHARED_BYTES={shared}", f"-DTTT_THREADS={threads}", *options),
         dynamic_shared_bytes=shared,
     )
+
+
+def forward_kernel(problem: Problem, ring: Ring | None = None, options: tuple[str, ...] = ()) -> CudaKernel:
+    """The instance that solves `problem`."""
+    ring = ring or _first_that_fits(FORWARD_RINGS, _forward_bytes, problem)
+    return _kernel("linear_forward", problem, ring[0], ring[1:], _forward_bytes(problem, ring), options)
+
+
+def kept_bytes(problem: Problem) -> int:
+    """What the backward keeps of a mini-batch: `Kept::BYTES`."""
+    d, m = problem.head_dim, problem.mini_batch
+    return 2 * d * d + 6 * m * d + 32 * m + (4 * m * m if problem.causal else 0)
+
+
+def backward_kernel(problem: Problem, ring=None, options: tuple[str, ...] = ()) -> CudaKernel:
+    """The instance that solves `problem`."""
+    count = lambda problem, ring: _backward_bytes(problem, *ring)
+    groups, forth, back = ring or _first_that_fits(BACKWARD_RINGS, count, problem)
+    shared = _backward_bytes(problem, groups, forth, back)
+    options = (f"-DTTT_KEPT_BYTES={kept_bytes(problem)}", *options)
+    return _kernel("linear_backward", problem, groups, (1, forth, 1, back), shared, options)
 
 
 def view(x: Tensor) -> View:
@@ -133,3 +203,28 @@ def forward(
     )  # fmt: skip
     launch(forward_kernel(problem, ring and Ring(*ring), options), b * h, arguments, like.device, problem)
     return outputs, Residuals(inputs, saved, group)
+
+
+def backward(
+    cotangents: LinearOutputs, residuals: Residuals, problem: Problem, ring: Any = None, options: tuple[str, ...] = ()
+) -> LinearInputs:
+    """Gradients of every input, from the cotangents of the output and of the final state."""
+    validate(cotangents, OUTPUTS, problem)
+    inputs, saved, group = residuals
+    b, t, h, d = inputs.xq.shape
+    like = inputs.xq
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+
+    d_tokens = [empty(b, t, h, d, dtype=like.dtype) for _ in range(3)]
+    d_lr = empty(b, t, h, dtype=like.dtype)
+    parts = empty(b * h, problem.mini_batch), empty(b, h, d), empty(b, h, d)
+    d_w1, d_b1 = empty(b, h, d, d), empty(b, h, d)
+    arguments = BackwardArguments(
+        *map(view, inputs[:4]), *inputs[4:7], saved, view(cotangents.out), *cotangents[1:],
+        *map(view, d_tokens), view(d_lr), *parts, d_w1, d_b1, empty(b, h, d * (d + 1)),
+        empty(b, h, group + 1, kept_bytes(problem), dtype=torch.uint8), h, problem.mini_batches, group, problem.eps,
+    )  # fmt: skip
+    launch(backward_kernel(problem, ring, options), b * h, arguments, like.device, problem)
+    return LinearInputs(*d_tokens, d_lr, *(part.sum(0) for part in parts), d_w1, d_b1)
