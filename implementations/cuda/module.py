@@ -106,7 +106,7 @@ def _launch_on_gpu(kernel: CudaKernel, grid: int, values: bytes, device: torch.d
     with cupy.cuda.Device(index):
         function = _function(kernel, index)
         with cupy.cuda.ExternalStream(torch.cuda.current_stream(index).cuda_stream, index):
-            by_value = numpy.frombuffer(values, numpy.uint8)
+            by_value = numpy.frombuffer(values, numpy.dtype((numpy.void, len(values))))  # one item: CuPy passes no more
             function((grid,), (kernel.threads,), (by_value,), shared_mem=kernel.dynamic_shared_bytes)
 
 
