@@ -79,7 +79,8 @@ template <typename P> struct Again : ReadOut<P> {
     Rows<const T> from_xq, from_xk, from_xv, from_lr, from_d_out;
     Rows<T> to_d_xq;
     Scratch<P> scratch;
-    float d_ln_weight[D / 8][2], d_ln_bias[D / 8][2], d_token_eta[P::TURN / 16][2];
+    static constexpr int COLUMNS = D < 32 ? 1 : D / 32;  // a lane's part of D sums that all lanes share
+    float d_ln_weight[COLUMNS], d_ln_bias[COLUMNS], d_token_eta[P::TURN / 16][2];
 
     TTT_INLINE void load(int n, int stage, int row) const {
         const int64_t token = int64_t(n) * M + row;
@@ -98,7 +99,7 @@ template <typename P> struct Again : ReadOut<P> {
 
         // d_z1_bar = rstd (gamma d_out - mean - x_hat mean(gamma d_out x_hat)); z becomes d_out, where d_xq starts.
         const Tile<T, D> d_out = at.d_out(stage);
-        float mean[2] = {}, along[2] = {};
+        float mean[2] = {}, along[2] = {}, of_weight[8 * COLUMNS] = {}, of_bias[8 * COLUMNS] = {};
 #pragma unroll
         for (int j = 0; j < D / 8; j++) {
             const float4 ln = at.ln()[(8 * j + t) / 2];
@@ -107,10 +108,12 @@ template <typename P> struct Again : ReadOut<P> {
                 const float2 d = unpack<T>(d_out.get(row + g + 8 * r, 8 * j + t));
                 mean[r] += ln.x * d.x + ln.y * d.y;
                 along[r] += ln.x * d.x * z[j][2 * r] + ln.y * d.y * z[j][2 * r + 1];
-                d_ln_weight[j][0] += d.x * z[j][2 * r], d_ln_weight[j][1] += d.y * z[j][2 * r + 1];
-                d_ln_bias[j][0] += d.x, d_ln_bias[j][1] += d.y;
+                of_weight[2 * j] += d.x * z[j][2 * r], of_weight[2 * j + 1] += d.y * z[j][2 * r + 1];
+                of_bias[2 * j] += d.x, of_bias[2 * j + 1] += d.y;
             }
         }
+        add_rows(of_weight, d_ln_weight);
+        add_rows(of_bias, d_ln_bias);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             mean[r] += shuffle_xor(mean[r], 1), along[r] += shuffle_xor(along[r], 1);
@@ -174,8 +177,7 @@ template <typename P> struct Again : ReadOut<P> {
 
     TTT_INLINE void start() {
 #pragma unroll
-        for (int j = 0; j < D / 8; j++)
-            d_ln_weight[j][0] = d_ln_weight[j][1] = d_ln_bias[j][0] = d_ln_bias[j][1] = 0.0f;
+        for (int i = 0; i < COLUMNS; i++) d_ln_weight[i] = d_ln_bias[i] = 0.0f;
 #pragma unroll
         for (int i = 0; i < P::TURN / 16; i++) d_token_eta[i][0] = d_token_eta[i][1] = 0.0f;
     }
@@ -183,14 +185,10 @@ template <typename P> struct Again : ReadOut<P> {
     TTT_INLINE void finish(int reader) const {
         float* ln = this->at.ln_sums(reader);
 #pragma unroll
-        for (int j = 0; j < D / 8; j++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float a = d_ln_weight[j][i], b = d_ln_bias[j][i];
-#pragma unroll
-                for (int mask = 4; mask < 32; mask *= 2) a += shuffle_xor(a, mask), b += shuffle_xor(b, mask);
-                if (lane_id() < 4) ln[8 * j + column_in_tile() + i] += a, ln[D + 8 * j + column_in_tile() + i] += b;
-            }
+        for (int i = 0; i < COLUMNS; i++) {
+            const int place = COLUMNS * (lane_id() / 4) + i, column = place / 2 * 8 + column_in_tile() + place % 2;
+            if (column < D) ln[column] += d_ln_weight[i], ln[D + column] += d_ln_bias[i];
+        }
         if (!P::CAUSAL) return;
         float* eta = this->at.eta_sums() + reader / P::TEAM * M + 16 * (reader % P::TEAM);
 #pragma unroll

@@ -247,6 +247,20 @@ template <int N> TTT_INLINE void sum_columns(const float (&values)[2][2 * N], fl
         half[i] = (second ? row[i + N] : row[i]) + shuffle_xor(second ? row[i] : row[i + N], 1);
 }
 
+// sums += sums over the rows of a tile of 8 `N` values: lane 4l + i gets the l-th `N` of those that quads' lanes i have.
+template <int N> TTT_INLINE void add_rows(const float (&values)[8 * N], float (&sums)[N]) {
+    const bool first = lane_id() & 16, second = lane_id() & 8, third = lane_id() & 4;
+    float x[4 * N], y[2 * N];
+#pragma unroll
+    for (int i = 0; i < 4 * N; i++)
+        x[i] = (first ? values[i + 4 * N] : values[i]) + shuffle_xor(first ? values[i] : values[i + 4 * N], 16);
+#pragma unroll
+    for (int i = 0; i < 2 * N; i++)
+        y[i] = (second ? x[i + 2 * N] : x[i]) + shuffle_xor(second ? x[i] : x[i + 2 * N], 8);
+#pragma unroll
+    for (int i = 0; i < N; i++) sums[i] += (third ? y[i + N] : y[i]) + shuffle_xor(third ? y[i] : y[i + N], 4);
+}
+
 // Six sums of each token over all D columns: put down by every warp for its own columns ...
 template <typename P>
 TTT_INLINE void put_sums(float4* exchange, int warp, int tile, const float (&values)[2][6]) {
