@@ -1,47 +1,52 @@
 """TTT-Linear on tensor cores, the recurrence split off: some warps of a block carry the fast weights, others read them.
 
-One block runs one chain (batch, head). `kernels/linear_blocks.cuh` says how D / 16 warps carry w1 in registers, and
-`kernels/linear_forward.cu` how other warps, up to four mini-batches behind them, compute `out`.
+Both passes run one block a chain (batch, head). `kernels/linear_blocks.cuh` says how D / 16 warps carry w1 in registers
+from one mini-batch to the next, with one barrier among them a mini-batch; `kernels/linear_forward.cu` how other warps,
+a few mini-batches behind, compute `out`; `kernels/linear_backward.cu` how the same split makes the way back.
 
-Memory: the forward reads the inputs once, writes `out` once, and saves the fast weights of every G-th mini-batch:
-4 (D^2 + D) / (G M) bytes a token and head, at D = 64 and G = 16: 65 (M = 16) or 16 (M = 64) beside 386 for the inputs.
+Memory. The forward reads the inputs once, writes `out` once, and saves the fast weights of every G-th mini-batch:
+4 (D^2 + D) / (G M) bytes a token and head, at D = 64 and G = 16: 65 (M = 16) or 16 (M = 64) beside 386 for the inputs in
+bf16. The backward goes from the last group of G mini-batches to the first, and keeps of one group what its second pass
+needs of its first: 2 D^2 / M + 6 D + 32 (+ 4 M, causal) bytes a token; at D = 64, M = 16 and G = 16, 16 KB a mini-batch,
+33 MB for the 128 chains of lm-1.3b, which an H100's L2 cache holds.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, view
+from implementations.cuda.linear_split_limits import (
+    Ring,
+    Rings,
+    backward_bytes,
+    backward_rings,
+    forward_bytes,
+    forward_ring,
+    kept_bytes,
+    limit,
+    threads,
+)
 from implementations.cuda.module import launch
 from implementations.kernels import CudaKernel
 from spec.problem import Problem
-from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs, validate
+from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
 
 GROUP = 16  # G: mini-batches between two saved states
-KERNELS = Path(__file__).with_name("kernels")
-SHARED_BYTES = 227 * 1024  # of a block on sm_90 and sm_100
-TYPES = {"bf16": "ttt::bf16", "fp16": "ttt::fp16"}
+_KERNELS = Path(__file__).with_name("kernels")
 
 
 class Residuals(NamedTuple):
     """What the backward needs: the inputs, and the fast weights of every `group`-th mini-batch."""
 
     inputs: LinearInputs
-    saved: Tensor  # [B, H, ceil(N / G), D (D + 1)], in the order of the kernels' accumulators
+    saved: Tensor  # [B, H, ceil(N / G), D (D + 1)], in the order of the kernels' registers
     group: int
-
-
-class View(NamedTuple):
-    """A tensor `B T H D` or `B T H` as a kernel takes it; strides in numbers."""
-
-    p: Tensor
-    stride_b: int
-    stride_t: int
-    stride_h: int
 
 
 class ForwardArguments(NamedTuple):
@@ -84,8 +89,8 @@ class BackwardArguments(NamedTuple):
     d_xk: View
     d_xv: View
     d_lr: View
-    d_token_eta: Tensor
-    d_ln_weight: Tensor
+    d_token_eta: Tensor  # [B H, M], the parts of each chain; the next two too
+    d_ln_weight: Tensor  # [B, H, D]
     d_ln_bias: Tensor
     d_w1: Tensor
     d_b1: Tensor
@@ -97,134 +102,103 @@ class BackwardArguments(NamedTuple):
     eps: float
 
 
-class Ring(NamedTuple):
-    """How far readers may fall behind: teams of readers, and of each team slots (of weights) and stages (of tokens)."""
-
-    groups: int
-    slots: int
-    stages: int
-
-
-# By M, the first that fits into shared memory is taken. In the backward both passes have the same teams.
-FORWARD_RINGS = {
-    16: (Ring(4, 1, 3), Ring(3, 1, 3), Ring(2, 1, 3), Ring(2, 1, 2)),
-    32: (Ring(2, 2, 5), Ring(2, 1, 3), Ring(1, 1, 3), Ring(1, 1, 2)),
-    64: (Ring(1, 2, 5), Ring(1, 2, 4), Ring(1, 1, 3), Ring(1, 1, 2)),
-    128: (Ring(1, 1, 3), Ring(1, 1, 2)),
-}
-BACKWARD_RINGS = {
-    16: ((4, 3, 2), (3, 3, 2), (2, 3, 2), (1, 3, 3), (1, 2, 2)),  # teams, stages forth, stages back
-    32: ((2, 3, 2), (1, 3, 2), (1, 2, 2)),
-    64: ((1, 3, 2), (1, 2, 2)),
-    128: ((1, 2, 2),),
-}
-
-
-def _forward_bytes(problem: Problem, ring: Ring) -> int:
-    """Shared memory of a block: `Plan::BYTES` of FORWARD."""
-    d, m = problem.head_dim, problem.mini_batch
-    tokens = 2 * m * (d + 8)
-    stage = 3 * tokens + 4 * m
-    slot = 2 * d * (d + 8) + 4 * d + (tokens if problem.causal else 0)
-    return 12 * d + 4 * m + 16 + 4 * d * m + ring.groups * (ring.stages * stage + ring.slots * slot)
-
-
-def _backward_bytes(problem: Problem, groups: int, forth: int, back: int) -> int:
-    """The larger `Plan::BYTES` of AGAIN and REVERSE."""
-    d, m = problem.head_dim, problem.mini_batch
-    tokens, pairs = 2 * m * (d + 8), 2 * m * (m + 8) if problem.causal else 0
-    readers = groups * min(m // 16, 4)
-    fixed = 12 * d + 4 * m + 16 + (readers + 1) * 8 * d + (groups * m + d // 16 + 3) // 4 * 16
-    again = forth * (4 * tokens + 4 * m) + 2 * d * (d + 8) + 4 * d + (tokens if problem.causal else 0)
-    reverse = back * (4 * tokens + 4 * m + 2 * pairs + 4 * m * d + 32 * m) + 2 * d * (d + 8) + 3 * tokens
-    return fixed + 4 * d * m + groups * max(again, reverse)
-
-
-def _first_that_fits(rings, count, problem: Problem):
-    return next((ring for ring in rings.get(problem.mini_batch, ()) if count(problem, ring) <= SHARED_BYTES), None)
-
-
-def _kernel(name: str, problem: Problem, groups: int, ring: tuple[int, ...], shared: int, options: tuple[str, ...]):
-    d, m = problem.head_dim, problem.mini_batch
-    threads = 2 * d + 32 * min(m // 16, 4) * groups
-    settings = ", ".join(map(str, (d, m, str(problem.causal).lower(), groups, *ring)))
-    return CudaKernel(
-        source=KERNELS / f"{name}.cu",
-        expression=f"ttt::{name}<{TYPES[problem.dtype]}, {settings}>",
-        inner_model="linear",
-        threads=threads,
-        options=("--std=c++17", f"-DTTT_SHARED_BYTES={shared}", f"-DTTT_THREADS={threads}", *options),
-        dynamic_shared_bytes=shared,
-    )
-
-
-def forward_kernel(problem: Problem, ring: Ring | None = None, options: tuple[str, ...] = ()) -> CudaKernel:
-    """The instance that solves `problem`."""
-    ring = ring or _first_that_fits(FORWARD_RINGS, _forward_bytes, problem)
-    return _kernel("linear_forward", problem, ring[0], ring[1:], _forward_bytes(problem, ring), options)
-
-
-def kept_bytes(problem: Problem) -> int:
-    """What the backward keeps of a mini-batch: `Kept::BYTES`."""
-    d, m = problem.head_dim, problem.mini_batch
-    return 2 * d * d + 6 * m * d + 32 * m + (4 * m * m if problem.causal else 0)
-
-
-def backward_kernel(problem: Problem, ring=None, options: tuple[str, ...] = ()) -> CudaKernel:
-    """The instance that solves `problem`."""
-    count = lambda problem, ring: _backward_bytes(problem, *ring)
-    groups, forth, back = ring or _first_that_fits(BACKWARD_RINGS, count, problem)
-    shared = _backward_bytes(problem, groups, forth, back)
-    options = (f"-DTTT_KEPT_BYTES={kept_bytes(problem)}", *options)
-    return _kernel("linear_backward", problem, groups, (1, forth, 1, back), shared, options)
-
-
-def view(x: Tensor) -> View:
-    """`x` as a kernel takes it."""
-    return View(x, *x.stride()[:3])
+def aligned(x: Tensor) -> bool:
+    """Whether every row `D` starts at a multiple of 16 bytes, as the kernels' copies take it."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
 
 
 def forward(
-    inputs: LinearInputs, problem: Problem, group: int = GROUP, ring: Any = None, options: tuple[str, ...] = ()
+    inputs: LinearInputs, problem: Problem, group: int = GROUP, ring: Ring | None = None
 ) -> tuple[LinearOutputs, Residuals]:
-    """Outputs of TTT-Linear, and what `backward` needs."""
-    validate(inputs, INPUTS, problem)
-    b, t, h, d = inputs.xq.shape
-    like, fp32 = inputs.xq, dict(dtype=torch.float32, device=inputs.xq.device)
-    outputs = LinearOutputs(
-        torch.empty(b, t, h, d, dtype=like.dtype, device=like.device),
-        torch.empty(b, h, d, d, **fp32),
-        torch.empty(b, h, d, **fp32),
-    )
-    saved = torch.empty(b, h, -(-problem.mini_batches // group), d * (d + 1), **fp32)
+    """Outputs of TTT-Linear, and what `backward` needs; `group` is G, `ring` the kernel's setting.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, device or layout than the kernel takes, or the problem a size.
+    """
+    check(inputs, INPUTS, problem, limit(problem))
+    _check_aligned(xq=inputs.xq, xk=inputs.xk, xv=inputs.xv)
+    if group < 1:
+        raise ValueError(f"group: expected at least 1 mini-batch between saved states, got {group}")
+    b, h, d = problem.batch, problem.heads, problem.head_dim
+    outputs = LinearOutputs(*map(contiguous_like, (inputs.xq, *inputs[7:])))
+    saved = inputs.w1.new_empty(b, h, -(-problem.mini_batches // group), d * (d + 1))
     arguments = ForwardArguments(
-        *map(view, inputs[:4]), *inputs[4:], view(outputs.out), *outputs[1:], saved, h, problem.mini_batches, group,
-        problem.eps,
+        *map(view, inputs[:4]), *inputs[4:], view(outputs.out), *outputs[1:], saved,
+        h, problem.mini_batches, group, problem.eps,
     )  # fmt: skip
-    launch(forward_kernel(problem, ring and Ring(*ring), options), b * h, arguments, like.device, problem)
+    launch(_forward_kernel(problem, ring), b * h, arguments, inputs.xq.device, problem)
     return outputs, Residuals(inputs, saved, group)
 
 
 def backward(
-    cotangents: LinearOutputs, residuals: Residuals, problem: Problem, ring: Any = None, options: tuple[str, ...] = ()
+    cotangents: LinearOutputs, residuals: Residuals, problem: Problem, rings: Rings | None = None
 ) -> LinearInputs:
-    """Gradients of every input, from the cotangents of the output and of the final state."""
-    validate(cotangents, OUTPUTS, problem)
+    """Gradients of every input, from the cotangents of the output and of the final state.
+
+    Raises:
+        ValueError: a cotangent has another shape, dtype, device or layout than the kernel takes.
+    """
     inputs, saved, group = residuals
-    b, t, h, d = inputs.xq.shape
-    like = inputs.xq
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=like.device)
-
-    d_tokens = [empty(b, t, h, d, dtype=like.dtype) for _ in range(3)]
-    d_lr = empty(b, t, h, dtype=like.dtype)
-    parts = empty(b * h, problem.mini_batch), empty(b, h, d), empty(b, h, d)
-    d_w1, d_b1 = empty(b, h, d, d), empty(b, h, d)
+    check(cotangents, OUTPUTS, problem, limit(problem), inputs.xq)
+    _check_aligned(out=cotangents.out)
+    b, h, d, m = problem.batch, problem.heads, problem.head_dim, problem.mini_batch
+    empty = inputs.w1.new_empty
+    d_tokens = [*map(contiguous_like, inputs[:4])]
+    parts = empty(b * h, m), empty(b, h, d), empty(b, h, d)
+    d_w1, d_b1 = map(contiguous_like, inputs[7:])
+    scratch = empty(b * h, group + 1, kept_bytes(problem) // 4)
     arguments = BackwardArguments(
-        *map(view, inputs[:4]), *inputs[4:7], saved, view(cotangents.out), *cotangents[1:],
-        *map(view, d_tokens), view(d_lr), *parts, d_w1, d_b1, empty(b, h, d * (d + 1)),
-        empty(b, h, group + 1, kept_bytes(problem), dtype=torch.uint8), h, problem.mini_batches, group, problem.eps,
+        *map(view, inputs[:4]), *inputs[4:7], saved, view(cotangents.out), *cotangents[1:], *map(view, d_tokens), *parts,
+        d_w1, d_b1, empty(b * h, d * (d + 1)), scratch, h, problem.mini_batches, group, problem.eps,
     )  # fmt: skip
-    launch(backward_kernel(problem, ring, options), b * h, arguments, like.device, problem)
-    return LinearInputs(*d_tokens, d_lr, *(part.sum(0) for part in parts), d_w1, d_b1)
+    launch(_backward_kernel(problem, rings), b * h, arguments, inputs.xq.device, problem)
+    # Over chains and over the batch, always in the same order.
+    return LinearInputs(*d_tokens, *(part.sum(0) for part in parts), d_w1, d_b1)
+
+
+def kernels(problem: Problem) -> tuple[CudaKernel, CudaKernel]:
+    """What `forward` and `backward` launch."""
+    return _forward_kernel(problem, None), _backward_kernel(problem, None)
+
+
+def static_kernels() -> Iterator[CudaKernel]:
+    """Both kernels at the sizes of the named cases."""
+    for d, m, causal in ((64, 16, True), (96, 16, True), (64, 64, True), (64, 64, False)):
+        yield from kernels(Problem("linear", 1, m, 1, d, m, causal, dtype="bf16"))
+
+
+@functools.cache
+def _forward_kernel(problem: Problem, ring: Ring | None) -> CudaKernel:
+    ring = ring or forward_ring(problem)
+    return _kernel("linear_forward", problem, ring.groups, ring, forward_bytes(problem, ring))
+
+
+@functools.cache
+def _backward_kernel(problem: Problem, rings: Rings | None) -> CudaKernel:
+    rings = rings or backward_rings(problem)
+    keeps = f"-DTTT_KEPT_BYTES={kept_bytes(problem)}"
+    return _kernel("linear_backward", problem, rings.groups, rings, backward_bytes(problem, rings), keeps)
+
+
+def _kernel(
+    name: str, problem: Problem, groups: int, settings: tuple[int, ...], shared_bytes: int, *options: str
+) -> CudaKernel:
+    sizes = problem.head_dim, problem.mini_batch, str(problem.causal).lower(), *settings
+    count = threads(problem, groups)
+    return CudaKernel(
+        source=_KERNELS / f"{name}.cu",
+        expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {', '.join(map(str, sizes))}>",
+        inner_model="linear",
+        threads=count,
+        options=(f"-DTTT_SHARED_BYTES={shared_bytes}", f"-DTTT_THREADS={count}", *options),
+        dynamic_shared_bytes=shared_bytes,
+    )
+
+
+def _check_aligned(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not aligned(x):
+            raise ValueError(
+                f"{name}: expected rows at multiples of 16 bytes, got address {x.data_ptr():#x} and strides {x.stride()}: "
+                "call .contiguous(), or use cuda.cupy_plain"
+            )

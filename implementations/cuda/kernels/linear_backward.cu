@@ -430,10 +430,10 @@ template <typename P> struct Reverse {
     }
 };
 
-template <typename T, int D, int M, bool CAUSAL, int GROUPS, int SLOTS, int STAGES, int REVERSE_SLOTS, int REVERSE_STAGES>
+template <typename T, int D, int M, bool CAUSAL, int GROUPS, int STAGES, int REVERSE_STAGES>
 __global__ void __launch_bounds__(TTT_THREADS, 1) linear_backward(const __grid_constant__ BackwardArguments a) {
-    using F = Plan<AGAIN, T, D, M, CAUSAL, GROUPS, SLOTS, STAGES>;
-    using R = Plan<REVERSE, T, D, M, CAUSAL, GROUPS, REVERSE_SLOTS, REVERSE_STAGES>;
+    using F = Plan<AGAIN, T, D, M, CAUSAL, GROUPS, 1, STAGES>;
+    using R = Plan<REVERSE, T, D, M, CAUSAL, GROUPS, 1, REVERSE_STAGES>;
     constexpr int BYTES = F::BYTES > R::BYTES ? F::BYTES : R::BYTES;
     static_assert(BYTES == TTT_SHARED_BYTES && F::THREADS == TTT_THREADS && Kept<F>::BYTES == TTT_KEPT_BYTES,
                   "the host counts as the kernel does");
