@@ -5,10 +5,10 @@ from one mini-batch to the next, with one barrier among them a mini-batch; `kern
 a few mini-batches behind, compute `out`; `kernels/linear_backward.cu` how the same split makes the way back.
 
 Memory. The forward reads the inputs once, writes `out` once, and saves the fast weights of every G-th mini-batch:
-4 (D^2 + D) / (G M) bytes a token and head, at D = 64 and G = 16: 65 (M = 16) or 16 (M = 64) beside 386 for the inputs in
-bf16. The backward goes from the last group of G mini-batches to the first, and keeps of one group what its second pass
-needs of its first: 2 D^2 / M + 6 D + 32 (+ 4 M, causal) bytes a token; at D = 64, M = 16 and G = 16, 16 KB a mini-batch,
-33 MB for the 128 chains of lm-1.3b, which an H100's L2 cache holds.
+4 (D^2 + D) / (G M) bytes a token and head, at D = 64 and G = 16: 65 (M = 16) or 16 (M = 64) beside 386 for the inputs
+in bf16. The backward goes from the last group of G mini-batches to the first, and keeps of one group what its second
+pass needs of its first: 2 D^2 / M + 6 D + 32 (+ 4 M, causal) bytes a token; at D = 64, M = 16 and G = 16, 16 KB a
+mini-batch, 33 MB for the 128 chains of lm-1.3b, which an H100's L2 cache holds.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def backward(
     d_w1, d_b1 = map(contiguous_like, inputs[7:])
     scratch = empty(b * h, group + 1, kept_bytes(problem) // 4)
     arguments = BackwardArguments(
-        *map(view, inputs[:4]), *inputs[4:7], saved, view(cotangents.out), *cotangents[1:], *map(view, d_tokens), *parts,
-        d_w1, d_b1, empty(b * h, d * (d + 1)), scratch, h, problem.mini_batches, group, problem.eps,
+        *map(view, inputs[:4]), *inputs[4:7], saved, view(cotangents.out), *cotangents[1:],
+        *map(view, d_tokens), *parts, d_w1, d_b1, empty(b * h, d * (d + 1)), scratch, h, problem.mini_batches, group, problem.eps,
     )  # fmt: skip
     launch(_backward_kernel(problem, rings), b * h, arguments, inputs.xq.device, problem)
     # Over chains and over the batch, always in the same order.
@@ -199,6 +199,6 @@ def _check_aligned(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not aligned(x):
             raise ValueError(
-                f"{name}: expected rows at multiples of 16 bytes, got address {x.data_ptr():#x} and strides {x.stride()}: "
-                "call .contiguous(), or use cuda.cupy_plain"
+                f"{name}: expected rows at multiples of 16 bytes, got address {x.data_ptr():#x} and strides "
+                f"{x.stride()}: call .contiguous(), or use cuda.cupy_plain"
             )

@@ -1,4 +1,4 @@
-"""What `cupy_linear_split` can solve, by what fits into shared memory; imports no framework, so that the registry may ask.
+"""What `cupy_linear_split` can solve, by what fits into shared memory; imports no framework: the registry asks.
 
 The kernels count the same in `kernels/linear_blocks.cuh` (`Plan`, `Kept`), and do not compile if the numbers differ.
 """

@@ -227,6 +227,11 @@ template <typename P> struct Inner {
     }
 };
 
+TTT_INLINE void add_columns(float (&b)[2][2], const float (&sums)[2][4]) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) b[h][0] += sums[h][0], b[h][1] += sums[h][1];
+}
+
 // (d_w1', d_b1') -> (d_w1, d_b1), from the last of `steps` mini-batches to the first, by one warp.
 template <typename P>
 TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps, Rows<typename P::T> d_lr) {
@@ -243,9 +248,20 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
         const Tile<T, D> xq = at.xq(stage), xk = at.xk(stage), d_z1_bar = at.d_z1_bar(stage);
         float4* exchange = at.exchange(step & 1);
         named_sync(P::ready(slot), P::HAND_OVER);
-        if (!P::CAUSAL)
+        float bar[2][4] = {};  // d_z1_bar summed over tokens, in every row
+        const uint32_t one = pack<T>(1.0f, 1.0f), ones[4] = {one, one, one, one};
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+            uint32_t d[4];
+            ldmatrix_x4_trans(d, d_z1_bar.lane(16 * m, first));
+            mma<T>(bar[0], ones, d[0], d[1]);
+            mma<T>(bar[1], ones, d[2], d[3]);
+        }
+        if (!P::CAUSAL) {
 #pragma unroll
             for (int m = 0; m < TILES; m++) d_weights.add(d_z1_bar, first, xq, 16 * m);
+            add_columns(d_weights.b, bar);
+        }
         d_weights.round();
         float q[TILES][2][4];  // at first pulled
         through(d_weights, xk, q);
@@ -292,6 +308,7 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
         }
         named_sync(P::BETWEEN, 32 * P::WARPS);
 
+        float bias[2][2] = {};
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
             float sums[6];
@@ -328,6 +345,7 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
                         d_z[l] = scale * (d_x - mean_x - x * along_dx);
                         d_ln_weight[h][l] += d_p * inner.error[h][i] + d_error[l] * x;
                         d_ln_bias[h][l] += d_error[l];
+                        bias[h][l] += d_z[l];
                     }
                     d_z1[h][r] = pack<T>(d_z[0], d_z[1]);
                     const int column = first + 8 * h + t;
@@ -340,6 +358,8 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
             if (P::CAUSAL) d_weights.add(d_z1_bar, first, xq, 16 * m);
             d_weights.add(d_z1, xk, 16 * m);
         }
+        if (P::CAUSAL) add_columns(d_weights.b, bar);
+        d_weights.add_bias(bias);
     }
 
     float* ln = at.ln_sums(P::READERS) + first;

@@ -126,9 +126,10 @@ template <typename P> struct Place {
     }
 };
 
-// Fast weights of one warp: w1^T [16 e, D] and b1 [16 e] (each four times), and w1^T rounded.
+// Fast weights of one warp: w1^T [16 e, D] as accumulators, and rounded; b1 of the four columns e that a lane has in
+// accumulators [16 tokens, 16 e], which are 8 h + column_in_tile() + j from the warp's first.
 template <typename P> struct Weights {
-    float w[P::D / 8][4], b[4];
+    float w[P::D / 8][4], b[2][2];
     uint32_t rounded[P::D / 8][2];
 
     TTT_INLINE void round() {
@@ -149,8 +150,7 @@ template <typename P> struct Weights {
                 const int d = 8 * j + t + i % 2, e = first + g + i / 2 * 8;
                 w[j][i] = (w1[d * P::D + e] - mean[d]) * P::SCALE;
             }
-#pragma unroll
-        for (int i = 0; i < 4; i++) b[i] = (b1[first + g + i / 2 * 8] - mean[P::D]) * P::SCALE;
+        each_bias([&](int h, int j, int e) { b[h][j] = (b1[first + e] - mean[P::D]) * P::SCALE; });
     }
     TTT_INLINE void store(float* w1, float* b1, const float* mean, int first) const {
         const int g = row_in_tile(), t = column_in_tile();
@@ -161,10 +161,7 @@ template <typename P> struct Weights {
                 const int d = 8 * j + t + i % 2, e = first + g + i / 2 * 8;
                 w1[d * P::D + e] = w[j][i] / P::SCALE + mean[d];
             }
-        if (t == 0) {
-            b1[first + g] = b[0] / P::SCALE + mean[P::D];
-            b1[first + g + 8] = b[2] / P::SCALE + mean[P::D];
-        }
+        each_bias([&](int h, int j, int e) { if (g == 0) b1[first + e] = b[h][j] / P::SCALE + mean[P::D]; });
     }
 
     // From and to memory in the order of the accumulators, D (D + 1) numbers a chain.
@@ -172,11 +169,8 @@ template <typename P> struct Weights {
         float4* mine = reinterpret_cast<float4*>(place) + warp * (P::D / 8) * 32 + lane_id();
 #pragma unroll
         for (int j = 0; j < P::D / 8; j++) mine[j * 32] = make_float4(w[j][0], w[j][1], w[j][2], w[j][3]);
-        if (lane_id() % 4 == 0) {
-            float* bias = place + P::D * P::D + 16 * warp + row_in_tile();
-            bias[0] = b[0];
-            bias[8] = b[2];
-        }
+        float* bias = place + P::D * P::D + 16 * warp;
+        each_bias([&](int h, int j, int e) { if (row_in_tile() == 0) bias[e] = b[h][j]; });
     }
     TTT_INLINE void restore(const float* place, int warp) {
         const float4* mine = reinterpret_cast<const float4*>(place) + warp * (P::D / 8) * 32 + lane_id();
@@ -185,9 +179,8 @@ template <typename P> struct Weights {
             const float4 x = mine[j * 32];
             w[j][0] = x.x, w[j][1] = x.y, w[j][2] = x.z, w[j][3] = x.w;
         }
-        const float* bias = place + P::D * P::D + 16 * warp + row_in_tile();
-        b[0] = b[1] = bias[0];
-        b[2] = b[3] = bias[8];
+        const float* bias = place + P::D * P::D + 16 * warp;
+        each_bias([&](int h, int j, int e) { b[h][j] = bias[e]; });
     }
 
     // To the readers of a slot, as rows e of w1^T.
@@ -201,13 +194,10 @@ template <typename P> struct Weights {
     }
     TTT_INLINE void show(const Tile<typename P::T, P::D>& tile, float* bias, int first) const {
         show(tile, first);
-        if (column_in_tile() == 0) {
-            bias[first + row_in_tile()] = b[0] / P::SCALE;
-            bias[first + row_in_tile() + 8] = b[2] / P::SCALE;
-        }
+        each_bias([&](int h, int j, int e) { if (row_in_tile() == 0) bias[first + e] = b[h][j] / P::SCALE; });
     }
 
-    // += a x, where `a` [16 e, 16 tokens] is an A operand, and x the tokens from `token` on; b1 += a's sums over tokens.
+    // w1^T += a x, where `a` [16 e, 16 tokens] is an A operand, and x the tokens from `token` on.
     TTT_INLINE void add(const uint32_t (&a)[4], const Tile<typename P::T, P::D>& x, int token) {
         using T = typename P::T;
 #pragma unroll
@@ -217,8 +207,6 @@ template <typename P> struct Weights {
             mma<T>(w[j], a, pair[0], pair[1]);
             mma<T>(w[j + 1], a, pair[2], pair[3]);
         }
-        const uint32_t ones = pack<T>(1.0f, 1.0f);
-        mma<T>(b, a, ones, ones);
     }
     // The same with rounded accumulators [16 tokens, 16 e], `g` [column half][row half], transposed.
     TTT_INLINE void add(const uint32_t (&g)[2][2], const Tile<typename P::T, P::D>& x, int token) {
@@ -231,6 +219,21 @@ template <typename P> struct Weights {
         ldmatrix_x4_trans(r, g.lane(token, first));
         const uint32_t a[4] = {r[0], r[2], r[1], r[3]};
         add(a, x, token);
+    }
+    // b1 += the sums over all lanes' rows of `part`, in fp32: where xk is small, z1 is b1.
+    TTT_INLINE void add_bias(float (&part)[2][2]) {
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2)
+            each_bias([&](int h, int j, int) { part[h][j] += shuffle_xor(part[h][j], mask); });
+        each_bias([&](int h, int j, int) { b[h][j] += part[h][j]; });
+    }
+
+  private:
+    template <typename Each> TTT_INLINE static void each_bias(Each each) {
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) each(h, j, 8 * h + column_in_tile() + j);
     }
 };
 
@@ -325,19 +328,13 @@ template <typename P> struct Columns {
 template <typename P>
 TTT_INLINE void through(const Weights<P>& weights, const Tile<typename P::T, P::D>& xk, float (&z)[P::TILES][2][4]) {
     using T = typename P::T;
-    float b[2][2];
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-            b[h][j] = shuffle(weights.b[2 * h], 4 * (column_in_tile() + j)) / P::SCALE;
 #pragma unroll
     for (int m = 0; m < P::TILES; m++) {
         float odd[2][4] = {};  // where there is one tile, two sums that do not wait for each other
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) z[m][h][i] = b[h][i % 2];
+            for (int i = 0; i < 4; i++) z[m][h][i] = 0.0f;
 #pragma unroll
         for (int k = 0; k < P::D / 16; k++) {
             uint32_t x[4];
@@ -347,11 +344,10 @@ TTT_INLINE void through(const Weights<P>& weights, const Tile<typename P::T, P::
                 mma<T>(P::TILES == 1 && k % 2 ? odd[h] : z[m][h], x, weights.rounded[2 * k][h],
                        weights.rounded[2 * k + 1][h]);
         }
-        if (P::TILES == 1)
 #pragma unroll
-            for (int h = 0; h < 2; h++)
+        for (int h = 0; h < 2; h++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) z[m][h][i] += odd[h][i];
+            for (int i = 0; i < 4; i++) z[m][h][i] += odd[h][i] + weights.b[h][i % 2] / P::SCALE;
     }
 }
 
@@ -410,6 +406,7 @@ TTT_INLINE void recurrence(const P& at, Weights<P>& weights, int warp, int mini_
         }
         named_sync(P::BETWEEN, 32 * P::WARPS);
 
+        float bias[2][2] = {};
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
             float sums[6];
@@ -440,6 +437,7 @@ TTT_INLINE void recurrence(const P& at, Weights<P>& weights, int warp, int mini_
                         x_hat[h][j] = z[m][h][2 * r + j] * of.rstd - of.shift;
                         const float rest = c[m][h][2 * r + j] - of.mean_p;
                         gradient[h][j] = of.rstd * (rest + x_hat[h][j] * (gamma_squared[h][j] - of.along));
+                        bias[h][j] += factor * gradient[h][j];
                     }
                     step[h][r] = pack<T>(factor * gradient[h][0], factor * gradient[h][1]);
                     if (P::CAUSAL)
@@ -450,6 +448,7 @@ TTT_INLINE void recurrence(const P& at, Weights<P>& weights, int warp, int mini_
             if (P::CAUSAL && m == TILES - 1) named_arrive(P::full(slot), P::HAND_OVER);
             weights.add(step, xk, 16 * m);
         }
+        weights.add_bias(bias);
         if (!P::CAUSAL) {
             weights.round();
             weights.show(at.w(slot), at.b(slot), first);
