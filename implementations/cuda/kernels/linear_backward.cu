@@ -257,20 +257,12 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
             mma<T>(bar[0], ones, d[0], d[1]);
             mma<T>(bar[1], ones, d[2], d[3]);
         }
-        if (!P::CAUSAL) {
-#pragma unroll
-            for (int m = 0; m < TILES; m++) d_weights.add(d_z1_bar, first, xq, 16 * m);
-            add_columns(d_weights.b, bar);
-        }
-        d_weights.round();
-        float q[TILES][2][4];  // at first pulled
-        through(d_weights, xk, q);
-        d_weights.show(at.w(slot), first);
-
+        Operand<P> x;
         Inner<P> inner;
+        float part[2][4];  // (token_eta tril(xq xk^T + 1))^T d_z1_bar, of a tile
+        auto load = [&](int m) {
 #pragma unroll
-        for (int m = 0; m < TILES; m++) {
-            float part[2][4] = {};  // (token_eta tril(xq xk^T + 1))^T d_z1_bar
+            for (int i = 0; i < 4; i++) part[0][i] = part[1][i] = 0.0f;
             if (P::CAUSAL)
 #pragma unroll
                 for (int k = m; k < TILES; k++) {
@@ -282,6 +274,22 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
                     mma<T>(part[1], a, d[2], d[3]);
                 }
             inner.load(at, columns, stage, m, warp);
+        };
+        x.load(xk, 0);
+        if (TILES == 1) load(0);  // all that does not wait for d_w1 comes before it
+        if (!P::CAUSAL) {
+#pragma unroll
+            for (int m = 0; m < TILES; m++) d_weights.add(d_z1_bar, first, xq, 16 * m);
+            add_columns(d_weights.b, bar);
+        }
+        d_weights.round();
+        float q[TILES][2][4];  // at first pulled
+        through(d_weights, xk, x, q);
+        d_weights.show(at.w(slot), first);
+
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+            if (TILES > 1) load(m);
             // Sums over this warp's columns of q, q x_hat, q g, gamma^2 q, gamma^2 q x_hat.
             float sums[2][6] = {};
 #pragma unroll

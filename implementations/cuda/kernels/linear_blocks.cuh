@@ -324,26 +324,34 @@ template <typename P> struct Columns {
     }
 };
 
-// xk w + b of a warp's columns [16 tokens, 16 e], for every tile.
+// xk of a mini-batch, as A operands of one tile; where there is only one, loaded before the weights are there.
+template <typename P> struct Operand {
+    uint32_t x[P::D / 16][4];
+    TTT_INLINE void load(const Tile<typename P::T, P::D>& xk, int tile) {
+#pragma unroll
+        for (int k = 0; k < P::D / 16; k++) ldmatrix_x4(x[k], xk.lane(16 * tile, 16 * k));
+    }
+};
+
+// z = xk w + b of a warp's columns [16 tokens, 16 e], for every tile; `first` is the first tile's operand.
 template <typename P>
-TTT_INLINE void through(const Weights<P>& weights, const Tile<typename P::T, P::D>& xk, float (&z)[P::TILES][2][4]) {
+TTT_INLINE void through(const Weights<P>& weights, const Tile<typename P::T, P::D>& xk, Operand<P>& first,
+                        float (&z)[P::TILES][2][4]) {
     using T = typename P::T;
 #pragma unroll
     for (int m = 0; m < P::TILES; m++) {
+        if (m > 0) first.load(xk, m);
         float odd[2][4] = {};  // where there is one tile, two sums that do not wait for each other
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
             for (int i = 0; i < 4; i++) z[m][h][i] = 0.0f;
 #pragma unroll
-        for (int k = 0; k < P::D / 16; k++) {
-            uint32_t x[4];
-            ldmatrix_x4(x, xk.lane(16 * m, 16 * k));
+        for (int k = 0; k < P::D / 16; k++)
 #pragma unroll
             for (int h = 0; h < 2; h++)
-                mma<T>(P::TILES == 1 && k % 2 ? odd[h] : z[m][h], x, weights.rounded[2 * k][h],
+                mma<T>(P::TILES == 1 && k % 2 ? odd[h] : z[m][h], first.x[k], weights.rounded[2 * k][h],
                        weights.rounded[2 * k + 1][h]);
-        }
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -370,12 +378,10 @@ TTT_INLINE void recurrence(const P& at, Weights<P>& weights, int warp, int mini_
         const int slot = place.slot(), stage = place.stage();
         const Tile<T, D> xk = at.xk(stage);
         float4* exchange = at.exchange(n & 1);
-        weights.round();
-        keep.start(n, weights, warp);
         named_sync(P::ready(slot), P::HAND_OVER);
-
+        Operand<P> x;  // all that does not wait for the weights comes before them
+        x.load(xk, 0);
         float z[TILES][2][4], c[TILES][2][4];  // c = gamma (beta - target), which p adds to gamma^2 x_hat
-        through(weights, xk, z);
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
             columns.less_target(at, stage, m, first, c[m]);
@@ -384,6 +390,9 @@ TTT_INLINE void recurrence(const P& at, Weights<P>& weights, int warp, int mini_
 #pragma unroll
                 for (int i = 0; i < 4; i++) c[m][h][i] *= columns.gamma[h][i % 2];
         }
+        weights.round();
+        keep.start(n, weights, warp);
+        through(weights, xk, x, z);
         if (P::CAUSAL) weights.show(at.w(slot), at.b(slot), first);
 
 #pragma unroll
