@@ -83,6 +83,9 @@ def test_neither_kept_states_nor_the_order_of_threads_nor_where_tiles_are_change
     genuine = emulator.run
     monkeypatch.setattr(emulator, "run", lambda kernel, grid, values: genuine(kernel, grid, values, order=1))
     assert all(map(torch.equal, run(page, TINY, problem), usual))
+    monkeypatch.setattr(emulator, "run", genuine)
+    monkeypatch.setattr(cupy_plain, "shared_bytes", lambda device: 4000)
+    assert all(map(torch.equal, run(page, TINY, problem), usual))
 
 
 @emulated
@@ -110,8 +113,8 @@ def test_a_planted_fault_is_caught(
     place.write_text(place.read_text().replace(old, new))
     genuine = cupy_plain.Page.kernel
 
-    def planted(page: cupy_plain.Page, problem: Problem, backward: bool) -> CudaKernel:
-        kernel = genuine(page, problem, backward)
+    def planted(page: cupy_plain.Page, *arguments: Any) -> CudaKernel:
+        kernel = genuine(page, *arguments)
         return replace(kernel, source=folder / kernel.source.name)
 
     monkeypatch.setattr(cupy_plain.Page, "kernel", planted)

@@ -78,6 +78,14 @@ def refusal(kernel: CudaKernel, device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
+def shared_bytes(device: torch.device | None) -> int:
+    """The shared memory that a block may have on `device`; for a CPU or None, that of the largest SM there is."""
+    if device is None or device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 @functools.cache  # what is installed does not change
 def fault() -> str | None:
     """Why no CUDA kernel can be launched on a GPU here, in a line, or None."""
