@@ -110,7 +110,7 @@ class Page:
         return INPUTS[self.inner_model](*d_tokens, *_finish_sums(sums, problem), *d_first)
 
     def _shared(self, inputs: Inputs, problem: Problem, group: int, backward: bool) -> Shared:
-        size = self.tile_floats(problem, backward)  # more than what does not fit into shared memory, if that is anything
+        size = self.tile_floats(problem, backward)  # more than what has no place in shared memory
         fits = 4 * size <= shared_bytes(inputs.w1.device)
         scratch = inputs.w1.new_empty(problem.batch * problem.heads, 0 if fits else size)
         groups = -(-problem.mini_batches // group)
