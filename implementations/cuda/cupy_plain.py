@@ -88,14 +88,13 @@ class Page:
     def forward(self, inputs: Any, problem: Problem, group: int | None) -> tuple[Any, Residuals]:
         """Outputs, and the residuals with every `group`-th state."""
         check(inputs, INPUTS, problem, limit(problem))
-        group = default_group(problem) if group is None else group
-        if group < 1:
+        if group is not None and group < 1:
             raise ValueError(f"group: expected at least 1 mini-batch, got {group}")
         outputs = OUTPUTS[self.inner_model](*map(contiguous_like, (inputs.xq, *inputs[7:])))
-        kept = _states(inputs, problem, -(-problem.mini_batches // group))
-        arguments = self._shared(inputs, problem, group, False), inputs[7:], kept, outputs[1:], outputs.out
-        self._launch(problem, False, arguments, inputs.xq)
-        return outputs, Residuals(inputs, kept, group)
+        residuals = empty_residuals(inputs, problem, group)
+        shared = self._shared(inputs, problem, residuals.group, False)
+        self._launch(problem, False, (shared, inputs[7:], residuals.kept, outputs[1:], outputs.out), inputs.xq)
+        return outputs, residuals
 
     def backward(self, cotangents: Outputs, residuals: Residuals, problem: Problem) -> Any:
         """Gradients of every input."""
@@ -120,6 +119,12 @@ class Page:
     def _launch(self, problem: Problem, backward: bool, arguments: tuple[Any, ...], like: Tensor) -> None:
         kernel = self.kernel(problem, backward, shared_bytes(like.device))
         launch(kernel, problem.batch * problem.heads, arguments, like.device, problem)
+
+
+def empty_residuals(inputs: Inputs, problem: Problem, group: int | None = None) -> Residuals:
+    """Residuals with room for the kept states and nothing in it yet."""
+    group = group or default_group(problem)
+    return Residuals(inputs, _states(inputs, problem, -(-problem.mini_batches // group)), group)
 
 
 def _states(inputs: Inputs, problem: Problem, count: int) -> State:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from implementations.cuda.cupy_plain import Page, Residuals
+from implementations.cuda.cupy_plain import Page, Residuals, empty_residuals
 from implementations.cuda.plain_limits import limit
 from implementations.kernels import CudaKernel
 from spec.problem import Problem
 from spec.tensors import LinearInputs, LinearOutputs
 
-__all__ = ["backward", "forward", "kernels", "limit", "static_kernels"]
+__all__ = ["backward", "empty_residuals", "forward", "kernels", "limit", "static_kernels"]
 
 
 def _tile_floats(problem: Problem, backward: bool) -> int:
