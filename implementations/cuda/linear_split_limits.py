@@ -110,7 +110,7 @@ def limit(problem: Problem) -> str | None:
 
 def _fixed_bytes(problem: Problem) -> int:
     """LayerNorm's parameters, token_eta, means of the weights, and the two buffers for sums over the warps."""
-    return 12 * problem.head_dim + 4 * problem.mini_batch + 16 + 4 * problem.head_dim * problem.mini_batch
+    return 12 * problem.head_dim + 20 * problem.mini_batch + 16 + 4 * problem.head_dim * problem.mini_batch
 
 
 def _forward_slot(problem: Problem) -> int:
