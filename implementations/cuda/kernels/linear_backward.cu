@@ -248,7 +248,7 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
         const Tile<T, D> xq = at.xq(stage), xk = at.xk(stage), d_z1_bar = at.d_z1_bar(stage);
         const float* lr = at.lr(stage) + g;
         float4* exchange = at.exchange(step & 1);
-        named_sync(P::ready(slot), P::HAND_OVER);
+        P::wait_for_tokens(step, slot);
         float bar[2][4] = {};  // d_z1_bar summed over tokens, in every row
         const uint32_t one = pack<T>(1.0f, 1.0f), ones[4] = {one, one, one, one};
 #pragma unroll
@@ -317,6 +317,7 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
             put_sums<P>(exchange, warp, m, sums);
         }
         named_sync(P::BETWEEN, 32 * P::WARPS);
+        P::wait_for_slot(step, slot);
         d_weights.show(at.w(slot), first);
 
         auto work_out = [&](int m) {  // means of d_g_z1 and d_g_z1 x_hat, and what projects d_x_hat
@@ -374,7 +375,7 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
                     at.g(slot).set(token, column, pack<T>(inner.g[h][2 * r], inner.g[h][2 * r + 1]));
                 }
         }
-        named_arrive(P::full(slot), P::HAND_OVER);
+        P::hand_over(slot);
         if (P::CAUSAL) add_columns(d_weights.b, bar);
     }
     d_weights.add_bias(bias);
@@ -467,9 +468,9 @@ template <typename P> struct Reverse {
     }
 };
 
-template <typename T, int D, int M, bool CAUSAL, int GROUPS, int STAGES, int REVERSE_STAGES>
+template <typename T, int D, int M, bool CAUSAL, int GROUPS, int SLOTS, int STAGES, int REVERSE_STAGES>
 __global__ void __launch_bounds__(TTT_THREADS, 1) linear_backward(const __grid_constant__ BackwardArguments a) {
-    using F = Plan<AGAIN, T, D, M, CAUSAL, GROUPS, 1, STAGES>;
+    using F = Plan<AGAIN, T, D, M, CAUSAL, GROUPS, SLOTS, STAGES>;
     using R = Plan<REVERSE, T, D, M, CAUSAL, GROUPS, 1, REVERSE_STAGES>;
     constexpr int BYTES = F::BYTES > R::BYTES ? F::BYTES : R::BYTES;
     static_assert(BYTES == TTT_SHARED_BYTES && F::THREADS == TTT_THREADS && Kept<F>::BYTES == TTT_KEPT_BYTES,

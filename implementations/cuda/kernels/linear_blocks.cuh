@@ -72,7 +72,12 @@ template <Pass PASS, typename T_, int D_, int M_, bool CAUSAL_, int GROUPS_, int
     static constexpr int SUMS = PASS == FORWARD ? 0 : (READERS + 1) * 8 * D + (GROUPS * M + WARPS + 3) / 4 * 16;
     static constexpr int FIXED = 8 * D + 4 * M + 4 * D + 16 + SUMS;
     static constexpr int BYTES = FIXED + 2 * EXCHANGE + 16 * M + GROUPS * (STAGES * STAGE + SLOTS * SLOT);
-    static_assert(STAGES >= 2 * SLOTS && 2 + 2 * GROUPS * SLOTS <= 16, "slots are handed over by named barriers");
+    // Where one team reads every mini-batch, the recurrence waits for tokens when it starts on one, and for the slot when
+    // it fills it. Else both are one barrier: while a team reads, the recurrence is at another one's mini-batches.
+    static constexpr bool APART = GROUPS == 1 && STAGES >= SLOTS + 2;
+    static constexpr int AHEAD = APART ? STAGES - SLOTS - 2 : STAGES - 2 * SLOTS;  // turns that may still be on their way
+    static_assert(AHEAD >= 0, "tokens come a turn before they are needed");
+    static_assert(2 + (APART ? 2 + 2 * SLOTS : 2 * GROUPS * SLOTS) <= 16, "there are 16 named barriers");
 
     unsigned char* shared;
     TTT_INLINE float4* ln() const { return reinterpret_cast<float4*>(shared); }  // gamma, gamma, beta, beta
@@ -106,9 +111,17 @@ template <Pass PASS, typename T_, int D_, int M_, bool CAUSAL_, int GROUPS_, int
     TTT_INLINE Tile<T, D> d_xv(int i) const { return {g(i).p + TOKENS}; }
     TTT_INLINE float* b(int i) const { return reinterpret_cast<float*>(slot(i) + SLOT - 4 * D); }
 
-    static constexpr int BETWEEN = 1;  // named barriers: among the recurrence's warps;
-    TTT_INLINE static int ready(int slot) { return 2 + slot; }                 // tokens have come, the slot is free;
-    TTT_INLINE static int full(int slot) { return 2 + GROUPS * SLOTS + slot; }  // the slot is filled
+    // Named barriers: among the recurrence's warps; the tokens have come (and the slot is free); it is free; it is full.
+    static constexpr int BETWEEN = 1;
+    TTT_INLINE static int come(int turn, int slot) { return APART ? 2 + turn % 2 : 2 + slot; }
+    TTT_INLINE static int free(int slot) { return 4 + slot; }
+    TTT_INLINE static int full(int slot) { return (APART ? 4 : 2) + GROUPS * SLOTS + slot; }
+    // The recurrence's side: before it reads tokens, before it fills a slot, when it has.
+    TTT_INLINE static void wait_for_tokens(int n, int slot) { named_sync(come(n, slot), HAND_OVER); }
+    TTT_INLINE static void wait_for_slot(int n, int slot) {
+        if (APART && n >= SLOTS) named_sync(free(slot), HAND_OVER);
+    }
+    TTT_INLINE static void hand_over(int slot) { named_arrive(full(slot), HAND_OVER); }
 };
 
 // A counter through the slots and stages of all teams, mini-batch by mini-batch.
@@ -409,7 +422,7 @@ TTT_INLINE void recurrence(const P& at, Weights<P>& weights, int warp, int mini_
         const Tile<T, D> xk = at.xk(stage);
         const float* lr = at.lr(stage) + g;
         float4* exchange = at.exchange(n & 1);
-        named_sync(P::ready(slot), P::HAND_OVER);
+        P::wait_for_tokens(n, slot);
         Operand<P> x;  // all that does not wait for the weights comes before them
         x.load(xk, 0);
         float z[TILES][2][4], rest[TILES][2][4];  // rest = beta - target
@@ -442,6 +455,7 @@ TTT_INLINE void recurrence(const P& at, Weights<P>& weights, int warp, int mini_
             put_sums<P>(exchange, warp, m, sums);
         }
         named_sync(P::BETWEEN, 32 * P::WARPS);
+        P::wait_for_slot(n, slot);
         if (P::CAUSAL) weights.show(at.w(slot), at.b(slot), first);
 
         auto work_out = [&](int m) {  // rstd, shift, mean(p), along
@@ -494,7 +508,7 @@ TTT_INLINE void recurrence(const P& at, Weights<P>& weights, int warp, int mini_
             weights.round();
             weights.show(at.w(slot), at.b(slot), first);
         }
-        named_arrive(P::full(slot), P::HAND_OVER);
+        P::hand_over(slot);
     }
     if (P::CAUSAL) weights.add_bias(bias);
 }
@@ -553,15 +567,22 @@ template <typename P, typename Work> TTT_INLINE void reader(const P& at, int ind
         return lane_id() < P::TURN && turn < turns ? work.lr(turn * P::GROUPS + group, lr_row) : 0.0f;
     };
     auto hand_over = [&](int turn, float lr) {  // the tokens have come
+        if (turn >= turns) return;
         if (lane_id() < P::TURN) at.lr(stage_of(turn))[lr_row] = lr;
-        named_arrive(P::ready(slot_of(turn)), P::HAND_OVER);
+        named_arrive(P::come(turn, slot_of(turn)), P::HAND_OVER);
     };
+    constexpr int LEAD = P::APART ? 1 : P::SLOTS;  // turns that tokens are handed over before
     for (int turn = 0; turn < P::STAGES - P::SLOTS; turn++) load(turn);
-    copy_async_wait<P::STAGES - 2 * P::SLOTS>();
-    for (int turn = 0; turn < min(P::SLOTS, turns); turn++) hand_over(turn, load_lr(turn));
+    copy_async_wait<P::STAGES - P::SLOTS - LEAD>();
+    for (int turn = 0; turn < LEAD; turn++) hand_over(turn, load_lr(turn));
 
+    float lr = load_lr(LEAD);
     for (int turn = 0; turn < turns; turn++) {
-        const float lr = load_lr(turn + P::SLOTS);
+        if (P::APART) {
+            copy_async_wait<P::AHEAD>();
+            hand_over(turn + LEAD, lr);
+            lr = load_lr(turn + LEAD + 1);
+        }
         if (P::TEAM == 1) {
             sync_warp();  // every lane's copies have come
             work.early(stage_of(turn));
@@ -570,8 +591,13 @@ template <typename P, typename Work> TTT_INLINE void reader(const P& at, int ind
         load(turn - P::SLOTS + P::STAGES);  // all of the team have left turn - SLOTS
         for (int i = 0; i < P::TURN / 16; i++)
             work.read(turn * P::GROUPS + group, slot_of(turn), stage_of(turn), i, row(i));
-        copy_async_wait<P::STAGES - 2 * P::SLOTS>();
-        if (turn + P::SLOTS < turns) hand_over(turn + P::SLOTS, lr);
+        if (P::APART) {
+            if (turn + P::SLOTS < turns) named_arrive(P::free(slot_of(turn)), P::HAND_OVER);
+        } else {
+            copy_async_wait<P::AHEAD>();
+            hand_over(turn + LEAD, lr);
+            lr = load_lr(turn + LEAD + 1);
+        }
     }
 }
 
