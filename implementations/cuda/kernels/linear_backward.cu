@@ -142,7 +142,7 @@ template <typename P> struct Again : ReadOut<P> {
 #pragma unroll
             for (int j = 0; j < D / 8; j += 2) {
                 uint32_t r[4];
-                ldmatrix_x4_trans(r, at.w(slot).lane(16 * k, 8 * j));
+                ldmatrix_x4_trans(r, at.w(slot).by_columns(16 * k, 8 * j));
                 mma<T>(z[j], d_z1_bar[k], r[0], r[1]);
                 mma<T>(z[j + 1], d_z1_bar[k], r[2], r[3]);
                 if (16 * (k % P::TEAM) == row) w_kept[(k * (D / 16) + j / 2) * 32] = make_uint4(r[0], r[1], r[2], r[3]);
@@ -254,7 +254,7 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
             uint32_t d[4];
-            ldmatrix_x4_trans(d, d_z1_bar.lane(16 * m, first));
+            ldmatrix_x4_trans(d, d_z1_bar.by_columns(16 * m, first));
             mma<T>(bar[0], ones, d[0], d[1]);
             mma<T>(bar[1], ones, d[2], d[3]);
         }
@@ -268,11 +268,10 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
 #pragma unroll
                 for (int k = m; k < TILES; k++) {
                     uint32_t s[4], d[4];
-                    ldmatrix_x4_trans(s, at.scores(stage).lane(16 * k, 16 * m));
-                    ldmatrix_x4_trans(d, d_z1_bar.lane(16 * k, first));
-                    const uint32_t a[4] = {s[0], s[2], s[1], s[3]};
-                    mma<T>(part[0], a, d[0], d[1]);
-                    mma<T>(part[1], a, d[2], d[3]);
+                    ldmatrix_x4_trans(s, at.scores(stage).by_rows(16 * k, 16 * m));
+                    ldmatrix_x4_trans(d, d_z1_bar.by_columns(16 * k, first));
+                    mma<T>(part[0], s, d[0], d[1]);
+                    mma<T>(part[1], s, d[2], d[3]);
                 }
             inner.load(at, columns, stage, m, warp);
         };
@@ -458,9 +457,8 @@ template <typename P> struct Reverse {
         if (P::CAUSAL)
             for (int query = row; query < M; query += 16) {  // d_attn^T xq
                 uint32_t s[4];
-                ldmatrix_x4_trans(s, at.d_attn(stage).lane(query, row));
-                const uint32_t a[4] = {s[0], s[2], s[1], s[3]};
-                add_product_16(z, a, at.xq(stage), query);
+                ldmatrix_x4_trans(s, at.d_attn(stage).by_rows(query, row));
+                add_product_16(z, s, at.xq(stage), query);
             }
         const int64_t token = int64_t(n) * M + row;
         store_rows(at.d_xv(slot), row, to_d_xv.at(token), to_d_xv.token);

@@ -26,9 +26,13 @@ template <typename T_, int D_> struct Tile {
     static constexpr int ROW = D_ + 8;
     T_* p;
     TTT_INLINE T_* at(int row, int column) const { return p + row * ROW + column; }
-    // What this lane points ldmatrix at for four matrices: rows 0 and 8, columns 0; then both rows, columns 8.
-    TTT_INLINE const T_* lane(int row, int column) const {
-        return at(row + (lane_id() & 15), column + (lane_id() >> 4) * 8);
+    // What this lane points ldmatrix at for four matrices: rows 0 and 8 of columns 0, then of columns 8 ...
+    TTT_INLINE const T_* by_columns(int row, int column) const {
+        return at(row + lane_id() % 16, column + lane_id() / 16 * 8);
+    }
+    // ... or columns 0 and 8 of rows 0, then of rows 8. What is one operand of mma has to lie in neighbouring registers.
+    TTT_INLINE const T_* by_rows(int row, int column) const {
+        return at(row + lane_id() % 8 + lane_id() / 16 * 8, column + lane_id() / 8 % 2 * 8);
     }
     TTT_INLINE void set(int row, int column, uint32_t pair) const {
         *reinterpret_cast<uint32_t*>(at(row, column)) = pair;
@@ -218,7 +222,7 @@ template <typename P> struct Weights {
 #pragma unroll
         for (int j = 0; j < P::D / 8; j += 2) {
             uint32_t pair[4];
-            ldmatrix_x4_trans(pair, x.lane(token, 8 * j));
+            ldmatrix_x4_trans(pair, x.by_columns(token, 8 * j));
             mma<T>(w[j], a, pair[0], pair[1]);
             mma<T>(w[j + 1], a, pair[2], pair[3]);
         }
@@ -230,9 +234,8 @@ template <typename P> struct Weights {
     }
     // And with rows of a tile, [16 tokens, 16 e], transposed.
     TTT_INLINE void add(const Tile<typename P::T, P::D>& g, int first, const Tile<typename P::T, P::D>& x, int token) {
-        uint32_t r[4];
-        ldmatrix_x4_trans(r, g.lane(token, first));
-        const uint32_t a[4] = {r[0], r[2], r[1], r[3]};
+        uint32_t a[4];
+        ldmatrix_x4_trans(a, g.by_rows(token, first));
         add(a, x, token);
     }
     // b1 += the sums over all lanes' rows of `part`, in fp32: where xk is small, z1 is b1.
@@ -350,8 +353,8 @@ template <typename P> struct Columns {
     // beta - target of a tile's accumulators, where target = xv - xk.
     TTT_INLINE void less_target(const P& at, int stage, int tile, int first, float (&x)[2][4]) const {
         uint32_t k4[4], v4[4];
-        ldmatrix_x4(k4, at.xk(stage).lane(16 * tile, first));
-        ldmatrix_x4(v4, at.xv(stage).lane(16 * tile, first));
+        ldmatrix_x4(k4, at.xk(stage).by_columns(16 * tile, first));
+        ldmatrix_x4(v4, at.xv(stage).by_columns(16 * tile, first));
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -368,7 +371,7 @@ template <typename P> struct Operand {
     uint32_t x[P::D / 16][4];
     TTT_INLINE void load(const Tile<typename P::T, P::D>& xk, int tile) {
 #pragma unroll
-        for (int k = 0; k < P::D / 16; k++) ldmatrix_x4(x[k], xk.lane(16 * tile, 16 * k));
+        for (int k = 0; k < P::D / 16; k++) ldmatrix_x4(x[k], xk.by_columns(16 * tile, 16 * k));
     }
 };
 
@@ -522,21 +525,35 @@ TTT_INLINE void load_shared(const P& at, const float* ln_weight, const float* ln
     for (int i = threadIdx.x; i < P::M; i += P::THREADS) at.token_eta()[i] = token_eta[i];
 }
 
-// `ROWS` rows of `COLUMNS` numbers by a warp, of which lane i copies every 32nd 16 bytes.
-template <int COLUMNS, int ROWS = 16, typename Copy> TTT_INLINE void by_chunks(Copy copy) {
+// 16 rows of D numbers by a warp, of which lane i copies every 32nd 16 bytes.
+template <int D, typename Copy> TTT_INLINE void by_chunks(Copy copy) {
 #pragma unroll
-    for (int i = 0; i < ROWS * COLUMNS / 256; i++) {
+    for (int i = 0; i < D / 16; i++) {
         const int chunk = lane_id() + 32 * i;
-        copy(chunk / (COLUMNS / 8), chunk % (COLUMNS / 8) * 8);
+        copy(chunk / (D / 8), chunk % (D / 8) * 8);
     }
 }
 template <typename T, int D> TTT_INLINE void load_rows(const Tile<T, D>& tile, int row, const T* from, int64_t stride) {
-    by_chunks<D>([&](int r, int column) { copy_async_16(tile.at(row + r, column), from + r * stride + column); });
+    if constexpr (256 % D == 0) {  // then a lane's columns are the same in every row
+        const int r = lane_id() / (D / 8), column = lane_id() % (D / 8) * 8;
+        from += r * stride + column;
+#pragma unroll
+        for (int i = 0; i < D / 16; i++, from += 256 / D * stride)
+            copy_async_16(tile.at(row + r + 256 / D * i, column), from);
+    } else {
+        by_chunks<D>([&](int r, int column) { copy_async_16(tile.at(row + r, column), from + r * stride + column); });
+    }
 }
 template <typename T, int D> TTT_INLINE void store_rows(const Tile<T, D>& tile, int row, T* to, int64_t stride) {
-    by_chunks<D>([&](int r, int column) {
-        *reinterpret_cast<uint4*>(to + r * stride + column) = *reinterpret_cast<const uint4*>(tile.at(row + r, column));
-    });
+    auto store = [](T* to, const T* from) { *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from); };
+    if constexpr (256 % D == 0) {
+        const int r = lane_id() / (D / 8), column = lane_id() % (D / 8) * 8;
+        to += r * stride + column;
+#pragma unroll
+        for (int i = 0; i < D / 16; i++, to += 256 / D * stride) store(to, tile.at(row + r + 256 / D * i, column));
+    } else {
+        by_chunks<D>([&](int r, int column) { store(to + r * stride + column, tile.at(row + r, column)); });
+    }
 }
 
 template <typename T> struct Rows {  // of one tensor in one chain, from a token on
@@ -605,7 +622,7 @@ template <typename P, typename Work> TTT_INLINE void reader(const P& at, int ind
 
 template <typename T, int D> TTT_INLINE void load_operand(uint32_t (&x)[D / 16][4], const Tile<T, D>& tile, int row) {
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) ldmatrix_x4(x[k], tile.lane(row, 16 * k));
+    for (int k = 0; k < D / 16; k++) ldmatrix_x4(x[k], tile.by_columns(row, 16 * k));
 }
 
 // z += x rows^T, where `rows` are rows [D, D] of a tile.
@@ -616,9 +633,9 @@ TTT_INLINE void add_product(float (&z)[D / 8][4], const uint32_t (&x)[D / 16][4]
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
             uint32_t r[4];
-            ldmatrix_x4(r, rows.lane(16 * j, 16 * k));
-            mma<T>(z[2 * j], x[k], r[0], r[2]);
-            mma<T>(z[2 * j + 1], x[k], r[1], r[3]);
+            ldmatrix_x4(r, rows.by_rows(16 * j, 16 * k));
+            mma<T>(z[2 * j], x[k], r[0], r[1]);
+            mma<T>(z[2 * j + 1], x[k], r[2], r[3]);
         }
 }
 
@@ -630,9 +647,9 @@ TTT_INLINE void product_16(float (&s)[2][4], const uint32_t (&x)[D / 16][4], con
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
         uint32_t r[4];
-        ldmatrix_x4(r, rows.lane(row, 16 * k));
-        mma<T>(s[0], x[k], r[0], r[2]);
-        mma<T>(s[1], x[k], r[1], r[3]);
+        ldmatrix_x4(r, rows.by_rows(row, 16 * k));
+        mma<T>(s[0], x[k], r[0], r[1]);
+        mma<T>(s[1], x[k], r[2], r[3]);
     }
 }
 
@@ -642,7 +659,7 @@ TTT_INLINE void add_product_16(float (&z)[D / 8][4], const uint32_t (&s)[4], con
 #pragma unroll
     for (int j = 0; j < D / 8; j += 2) {
         uint32_t r[4];
-        ldmatrix_x4_trans(r, rows.lane(row, 8 * j));
+        ldmatrix_x4_trans(r, rows.by_columns(row, 8 * j));
         mma<T>(z[j], s, r[0], r[1]);
         mma<T>(z[j + 1], s, r[2], r[3]);
     }
