@@ -1,0 +1,158 @@
+"""TTT-MLP in CUDA C++ on tensor cores: one block a chain, the state of both passes in its registers.
+
+Forward (`kernels/mlp_forward.cu`): the fast weights, fp32, are accumulators of `mma.sync`: rounded as they lie they are
+operands of the products with xk and xq, so they never leave the registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from implementations.cuda.module import launch
+from implementations.kernels import CudaKernel
+from spec.problem import ARRAY_DTYPE, Problem
+from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs, validate
+
+_KERNELS = Path(__file__).with_name("kernels")
+HEAD_DIMS, MINI_BATCHES = (16, 32, 64), (16, 32, 64)
+GROUP = 8  # mini-batches between two saved states
+
+
+class View(NamedTuple):
+    """A tensor with a token axis, and its strides."""
+
+    p: Tensor
+    b: int
+    t: int
+    h: int
+
+
+def supports(problem: Problem) -> str | None:
+    """Why not, or None."""
+    if problem.dtype not in ("bf16", "fp16"):
+        return "the products are those of tensor cores, in bf16 or fp16"
+    if problem.head_dim not in HEAD_DIMS or problem.mini_batch not in MINI_BATCHES:
+        return f"a state in registers takes D of {HEAD_DIMS} and M of {MINI_BATCHES}"
+    return None
+
+
+class ForwardArguments(NamedTuple):
+    """As in `mlp_forward.cu`."""
+
+    xq: View
+    xk: View
+    xv: View
+    lr: View
+    token_eta: Tensor
+    ln_weight: Tensor
+    ln_bias: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    out: Tensor
+    final_w1: Tensor
+    final_b1: Tensor
+    final_w2: Tensor
+    final_b2: Tensor
+    saved: Tensor
+    x_hat_bar: Tensor
+    rstd_bar: Tensor
+    heads: int
+    mini_batches: int
+    group: int
+    aligned: int
+    eps: float
+
+
+class Residuals(NamedTuple):
+    """The inputs; the fast weights of every `group`-th mini-batch; the LayerNorm that `out` went through."""
+
+    inputs: MlpInputs
+    saved: Tensor
+    x_hat_bar: Tensor
+    rstd_bar: Tensor
+    group: int
+
+
+def record(head_dim: int) -> int:
+    """Floats of one chain's fast weights."""
+    return 8 * head_dim**2 + 5 * head_dim
+
+
+def forward(inputs: MlpInputs, problem: Problem, group: int = GROUP) -> tuple[MlpOutputs, Residuals]:
+    """Outputs of TTT-MLP, and what `backward` needs.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, device or layout than the kernel takes.
+    """
+    _check(inputs, INPUTS, problem)
+    chains, like = problem.batch * problem.heads, inputs.w1
+    groups = -(-problem.mini_batches // group)
+    saved = like.new_empty(chains, groups, record(problem.head_dim))
+    x_hat_bar = like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16)
+    rstd_bar = like.new_empty(chains, problem.tokens)
+    outputs = MlpOutputs(
+        torch.empty_like(inputs.xq, memory_format=torch.contiguous_format), *(torch.empty_like(x) for x in inputs[7:])
+    )
+    views = [view(x) for x in inputs[:4]]
+    arguments = ForwardArguments(
+        *views, *inputs[4:], *outputs, saved, x_hat_bar, rstd_bar,
+        problem.heads, problem.mini_batches, group, int(all(map(aligned, inputs[:3]))), problem.eps,
+    )  # fmt: skip
+    launch(forward_kernel(problem), chains, arguments, like.device, problem)
+    return outputs, Residuals(inputs, saved, x_hat_bar, rstd_bar, group)
+
+
+def forward_kernel(problem: Problem) -> CudaKernel:
+    """The instance that solves `problem`."""
+    d, m, causal = problem.head_dim, problem.mini_batch, problem.causal
+    row, chunks, warps = d + 8, m // 16, d // 8
+    tile = m * row * 2
+    squares = chunks * (chunks + 1) // 2 if causal else 0
+    shared = 8 * tile + 2 * warps * 16 * row * 4 + 2 * chunks * warps * 1024 + (squares + 1) * 512
+    shared += 4 * (3 * m + 4 * d + warps * d)
+    return _kernel(problem, "mlp_forward", shared, _SPILLS.get((m, causal), 0))
+
+
+_SPILLS = {(16, True): 64, (64, True): 512}
+
+
+def _kernel(problem: Problem, name: str, shared: int, spills: int) -> CudaKernel:
+    d, m, causal = problem.head_dim, problem.mini_batch, str(problem.causal).lower()
+    return CudaKernel(
+        source=_KERNELS / f"{name}.cu",
+        expression=f"ttt::{name}<ttt::{problem.dtype}, {d}, {m}, {causal}>",
+        inner_model="mlp",
+        threads=4 * d,
+        dynamic_shared_bytes=shared,
+        declared_spill_bytes=spills,
+    )
+
+
+def view(x: Tensor) -> View:
+    """`x` as a kernel takes it."""
+    return View(x, *x.stride()[:3])
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+
+
+def static_kernels() -> Iterator[CudaKernel]:
+    """The instances of the named cases in bf16."""
+    for mini_batch, causal in ((16, True), (64, True), (64, False)):
+        problem = Problem("mlp", 1, mini_batch, 1, 64, mini_batch, causal, dtype="bf16")
+        yield forward_kernel(problem)
+
+
+def _check(tensors: Any, kinds: Any, problem: Problem) -> None:
+    if reason := supports(problem):
+        raise ValueError(reason)
+    validate(tensors, kinds, problem)
