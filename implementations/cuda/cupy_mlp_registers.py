@@ -61,7 +61,9 @@ class ForwardArguments(NamedTuple):
     final_w2: Tensor
     final_b2: Tensor
     saved: Tensor
+    x_hat: Tensor
     x_hat_bar: Tensor
+    rstd: Tensor
     rstd_bar: Tensor
     heads: int
     mini_batches: int
@@ -75,14 +77,16 @@ class Residuals(NamedTuple):
 
     inputs: MlpInputs
     saved: Tensor
+    x_hat: Tensor
     x_hat_bar: Tensor
+    rstd: Tensor
     rstd_bar: Tensor
     group: int
 
 
 def record(head_dim: int) -> int:
-    """Floats of one chain's fast weights."""
-    return 8 * head_dim**2 + 5 * head_dim
+    """Floats of the fast weights that a group starts from: w1, w2, b1."""
+    return 8 * head_dim**2 + 4 * head_dim
 
 
 def forward(inputs: MlpInputs, problem: Problem, group: int = GROUP) -> tuple[MlpOutputs, Residuals]:
@@ -95,18 +99,18 @@ def forward(inputs: MlpInputs, problem: Problem, group: int = GROUP) -> tuple[Ml
     chains, like = problem.batch * problem.heads, inputs.w1
     groups = -(-problem.mini_batches // group)
     saved = like.new_empty(chains, groups, record(problem.head_dim))
-    x_hat_bar = like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16)
-    rstd_bar = like.new_empty(chains, problem.tokens)
+    norms = [like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16) for _ in range(2)]
+    norms += [like.new_empty(chains, problem.tokens) for _ in range(2)]
     outputs = MlpOutputs(
         torch.empty_like(inputs.xq, memory_format=torch.contiguous_format), *(torch.empty_like(x) for x in inputs[7:])
     )
     views = [view(x) for x in inputs[:4]]
     arguments = ForwardArguments(
-        *views, *inputs[4:], *outputs, saved, x_hat_bar, rstd_bar,
+        *views, *inputs[4:], *outputs, saved, *norms,
         problem.heads, problem.mini_batches, group, int(all(map(aligned, inputs[:3]))), problem.eps,
     )  # fmt: skip
     launch(forward_kernel(problem), chains, arguments, like.device, problem)
-    return outputs, Residuals(inputs, saved, x_hat_bar, rstd_bar, group)
+    return outputs, Residuals(inputs, saved, *norms, group)
 
 
 def forward_kernel(problem: Problem) -> CudaKernel:

@@ -30,7 +30,7 @@ template <int D> struct Sizes {
     static constexpr int ROW = D + 8;             // of a tile of tokens in shared memory: no bank conflicts
     static constexpr int LANES = D / 4;           // of one token, four d each, where rows are summed
     static constexpr int PARTIAL = CHUNK * ROW;   // floats of one warp's part of [16, D]
-    static constexpr int RECORD = 8 * D * D + 5 * D;  // floats of fast weights
+    static constexpr int RECORD = 8 * D * D + F;  // floats of the fast weights that the backward starts a group from: w1, w2, b1
 };
 
 // --- Operands ---

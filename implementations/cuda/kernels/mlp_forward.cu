@@ -9,8 +9,8 @@
 // z2_bar is summed. Not causal, the read-out of mini-batch n reads the weights that mini-batch n + 1 starts from, and
 // is computed beside its z2.
 //
-// Bytes: the inputs and out once; for the backward the fast weights of every `group`-th mini-batch in fp32, and
-// x_hat (fp16) and rstd of the outer LayerNorm: 8 D D + 5 D floats in group M tokens, and 2 D + 4 bytes a token.
+// Bytes: the inputs and out once; for the backward the fast weights of every `group`-th mini-batch in fp32 (8 D D + 4 D
+// floats in group M tokens), and x_hat (fp16) and rstd of both LayerNorms, 4 D + 8 bytes a token.
 #include "mlp.cuh"
 
 namespace ttt {
@@ -20,9 +20,9 @@ struct ForwardArguments {
     const float *token_eta, *ln_weight, *ln_bias, *w1, *b1, *w2, *b2;
     void* out;
     float *final_w1, *final_b1, *final_w2, *final_b2;
-    float* saved;      // [chain, group of mini-batches, RECORD]
-    void* x_hat_bar;   // [chain, T, D] fp16
-    float* rstd_bar;   // [chain, T]
+    float* saved;              // [chain, group of mini-batches, RECORD]
+    void *x_hat, *x_hat_bar;   // [chain, T, D] fp16, of the inner LayerNorm and the output's
+    float *rstd, *rstd_bar;    // [chain, T]
     int64_t heads, mini_batches, group, aligned;
     double eps;
 };
@@ -57,8 +57,9 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid
     const T* lr = static_cast<const T*>(a.lr.p) + batch * a.lr.b + head * a.lr.h;
     const int64_t out_stride = a.heads * D;
     T* out = static_cast<T*>(a.out) + (batch * N * M * a.heads + head) * D;
+    fp16* x_hat = static_cast<fp16*>(a.x_hat) + chain * N * M * D;
     fp16* x_hat_bar = static_cast<fp16*>(a.x_hat_bar) + chain * N * M * D;
-    float* rstd_bar = a.rstd_bar + chain * N * M;
+    float *rstd = a.rstd + chain * N * M, *rstd_bar = a.rstd_bar + chain * N * M;
     const float eps = float(a.eps), eta_last = a.token_eta[M - 1];
 
     float gamma[4], beta[4], b2[4];
@@ -118,8 +119,6 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid
             float* record = a.saved + (chain * ((N + a.group - 1) / a.group) + n / a.group) * S::RECORD;
             save_weights<D>(record, w1, w2, thread);
             record[8 * D * D + thread] = s.b1[thread];  // THREADS = F
-            if (thread < S::LANES)
-                for (int i = 0; i < 4; i++) record[8 * D * D + F + at.d + i] = b2[i];
         }
         if (CAUSAL) {
             for (int square = warp; square < CHUNKS * (CHUNKS + 1) / 2; square += S::WARPS) {
@@ -178,6 +177,8 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid
                     const float step = -eta_last * lr_n[row];
                     for (int i = 0; i < 4; i++) g_z2.x[i] *= step, step_b2[i] += g_z2.x[i];
                     store_four(s.step_z2 + row * ROW + at.d, g_z2.x);
+                    store_four(x_hat + (int64_t(n) * M + row) * D + at.d, norm.x_hat);
+                    if (at.d == 0) rstd[int64_t(n) * M + row] = norm.rstd;
                 }
                 if (!CAUSAL && n > 0) {
                     float part[D / 8][4] = {}, z1_bar[4][4];
