@@ -72,6 +72,46 @@ class ForwardArguments(NamedTuple):
     eps: float
 
 
+class BackwardArguments(NamedTuple):
+    """As in `mlp_backward.cu`."""
+
+    xq: View
+    xk: View
+    xv: View
+    lr: View
+    token_eta: Tensor
+    ln_weight: Tensor
+    ln_bias: Tensor
+    d_out: View
+    d_final_w1: Tensor
+    d_final_b1: Tensor
+    d_final_w2: Tensor
+    d_final_b2: Tensor
+    saved: Tensor
+    x_hat: Tensor
+    x_hat_bar: Tensor
+    rstd: Tensor
+    rstd_bar: Tensor
+    d_xq: Tensor
+    d_xk: Tensor
+    d_xv: Tensor
+    d_lr: Tensor
+    d_w1: Tensor
+    d_b1: Tensor
+    d_w2: Tensor
+    d_b2: Tensor
+    d_token_eta: Tensor
+    d_ln_weight: Tensor
+    d_ln_bias: Tensor
+    work: Tensor
+    work_size: int
+    heads: int
+    mini_batches: int
+    group: int
+    aligned: int
+    eps: float
+
+
 class Residuals(NamedTuple):
     """The inputs; the fast weights of every `group`-th mini-batch; the LayerNorm that `out` went through."""
 
@@ -111,6 +151,51 @@ def forward(inputs: MlpInputs, problem: Problem, group: int = GROUP) -> tuple[Ml
     )  # fmt: skip
     launch(forward_kernel(problem), chains, arguments, like.device, problem)
     return outputs, Residuals(inputs, saved, *norms, group)
+
+
+def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> MlpInputs:
+    """Gradients of every input, from the cotangents of the output and of the final state.
+
+    Raises:
+        ValueError: a cotangent has another shape, dtype, device or layout than the kernel takes.
+    """
+    _check(cotangents, OUTPUTS, problem)
+    inputs, *kept, group = residuals
+    chains, like = problem.batch * problem.heads, inputs.w1
+    d_tokens = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:4]]
+    d_state = [torch.empty_like(x) for x in inputs[7:]]
+    d_shared = [like.new_empty(chains, size) for size in (problem.mini_batch, problem.head_dim, problem.head_dim)]
+    size = work_bytes(problem, group)
+    work = like.new_empty(chains, size, dtype=torch.uint8)
+    arguments = BackwardArguments(
+        *map(view, inputs[:4]), *inputs[4:7], view(cotangents.out), *cotangents[1:], *kept,
+        *d_tokens, *d_state, *d_shared, work, size,
+        problem.heads, problem.mini_batches, group, int(all(map(aligned, inputs[:2]))), problem.eps,
+    )  # fmt: skip
+    launch(backward_kernel(problem), chains, arguments, like.device, problem)
+    d_token_eta, d_ln_weight, d_ln_bias = (x.unflatten(0, (problem.batch, problem.heads)) for x in d_shared)
+    return MlpInputs(*d_tokens, d_token_eta.sum((0, 1)), d_ln_weight.sum(0), d_ln_bias.sum(0), *d_state)
+
+
+def work_bytes(problem: Problem, group: int) -> int:
+    """What a chain of the backward has in global memory: `Work` in `mlp_backward.cu`, and `group + 1` rounded states."""
+    d, m = problem.head_dim, problem.mini_batch
+    chunks, warps = m // 16, d // 8
+    fixed = 32 * d * d + 4 * m * d + 7 * chunks * warps * 1024 + chunks * (chunks + 1) // 2 * warps * 512
+    return fixed + (group + 1) * (16 * d * d + 16 * d)
+
+
+def backward_kernel(problem: Problem) -> CudaKernel:
+    """The instance that solves `problem`."""
+    d, m, causal = problem.head_dim, problem.mini_batch, problem.causal
+    row, chunks, warps = d + 8, m // 16, d // 8
+    stages = 2 if chunks < 4 else 1
+    kept = min(7 if causal else 5, 7 if chunks < 2 else 6 if chunks < 4 else 3 if causal else 4)
+    squares = chunks * (chunks + 1) // 2 if causal else 0
+    shared = (2 * stages + 3) * m * row * 2 + stages * warps * 16 * row * 4 + kept * chunks * warps * 1024
+    shared += 2 * (squares + 1) * (1024 if chunks < 4 else 512)
+    shared += 4 * (stages * m + m + 8 * d + warps * d + warps * m + m + 2 * (warps if causal else 1) * m)
+    return _kernel(problem, "mlp_backward", -(-shared // 16) * 16, 0)
 
 
 def forward_kernel(problem: Problem) -> CudaKernel:
@@ -154,6 +239,7 @@ def static_kernels() -> Iterator[CudaKernel]:
     for mini_batch, causal in ((16, True), (64, True), (64, False)):
         problem = Problem("mlp", 1, mini_batch, 1, 64, mini_batch, causal, dtype="bf16")
         yield forward_kernel(problem)
+        yield backward_kernel(problem)
 
 
 def _check(tensors: Any, kinds: Any, problem: Problem) -> None:
