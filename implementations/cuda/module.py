@@ -2,9 +2,9 @@
 
 A kernel takes one struct, all of whose fields have 8 bytes; here that is a named tuple with the same fields in the same
 order, where a tensor stands for its pointer. On a GPU NVRTC compiles the kernel once for each setting and architecture,
-and CuPy keeps what came out on disk: by source, options and architecture, and by the contents of the `.cuh` files, which
-CuPy by itself would not look at and which therefore go into the options as a hash. A launch is on PyTorch's current
-stream, which the tensors are handed over on without a copy.
+and CuPy keeps what came out on disk: by source, options and architecture, and by the contents of the `.cuh` files:
+CuPy by itself does not look at what a source includes, so a hash of them goes into the options. A launch is on
+PyTorch's current stream, and copies nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from torch import Tensor
 from implementations.cuda import emulator
 from implementations.kernels import CudaKernel
 from spec.problem import Problem
-
-OPTIONS = ("--std=c++17",)
 
 
 class CudaError(RuntimeError):
@@ -71,8 +69,8 @@ def refusal(kernel: CudaKernel, device: torch.device) -> str | None:
         return f"{kernel.name} takes sm_{wanted} or newer, and {properties.name} is sm_{have}"
     if kernel.dynamic_shared_bytes > properties.shared_memory_per_block_optin:
         return (
-            f"{kernel.name} takes {kernel.dynamic_shared_bytes} bytes of shared memory, and a block of {properties.name} "
-            f"has {properties.shared_memory_per_block_optin}"
+            f"{kernel.name} takes {kernel.dynamic_shared_bytes} bytes of shared memory, and a block of "
+            f"{properties.name} has {properties.shared_memory_per_block_optin}"
         )
     return None
 
@@ -121,7 +119,6 @@ def _function(kernel: CudaKernel, device: int) -> Any:
         raise CudaError(reason)
     headers = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(kernel.source.parent.glob("*.cuh"))))
     options = (
-        *OPTIONS,
         f"-DTTT_HEADERS=0x{headers.hexdigest()[:8]}",
         f"--include-path={kernel.source.parent}",
         *kernel.options,

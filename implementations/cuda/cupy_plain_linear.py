@@ -1,0 +1,45 @@
+"""TTT-Linear in CUDA C++, the first rung: shared memory and FMA; the maths is in `kernels/plain_linear.cu`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from implementations.cuda.cupy_plain import Page, Residuals
+from implementations.kernels import CudaKernel
+from spec.problem import Problem
+from spec.tensors import LinearInputs, LinearOutputs
+
+
+def _tile_floats(problem: Problem, backward: bool) -> int:
+    """Tiles [M D], [M M] and [D D] with a column more each, and rows."""
+    m, d = problem.mini_batch, problem.head_dim
+    token_tiles, square_tiles, weights = (11, 3, 2) if backward else (5, 1, 1)
+    return token_tiles * m * (d + 1) + square_tiles * m * (m + 1) + weights * (d * (d + 1) + d) + m
+
+
+_PAGE = Page("linear", _tile_floats)
+
+
+def forward(inputs: LinearInputs, problem: Problem, group: int | None = None) -> tuple[LinearOutputs, Residuals]:
+    """Outputs of TTT-Linear, and what `backward` needs: the weights of every `group`-th mini-batch.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, device or layout than the kernel takes, or the problem a size.
+    """
+    return _PAGE.forward(inputs, problem, group)
+
+
+def backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) -> LinearInputs:
+    """Gradients of every input, from the cotangents of the output and of the final state.
+
+    Raises:
+        ValueError: a cotangent has another shape, dtype, device or layout than the kernel takes.
+    """
+    return _PAGE.backward(cotangents, residuals, problem)
+
+
+def static_kernels() -> Iterator[CudaKernel]:
+    """Both kernels in bf16 at D = 64: M = 16 causal, and M = 64 not causal."""
+    for mini_batch, causal in ((16, True), (64, False)):
+        problem = Problem("linear", 1, mini_batch, 1, 64, mini_batch, causal, dtype="bf16")
+        yield from (_PAGE.kernel(problem, False), _PAGE.kernel(problem, True))
