@@ -8,28 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, view
 from implementations.cuda.module import launch
 from implementations.kernels import CudaKernel
-from spec.problem import ARRAY_DTYPE, Problem
-from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs, validate
+from spec.problem import Problem
+from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs
 
 _KERNELS = Path(__file__).with_name("kernels")
 HEAD_DIMS, MINI_BATCHES = (16, 32, 64), (16, 32, 64)
 GROUP = 8  # mini-batches between two saved states
-
-
-class View(NamedTuple):
-    """A tensor with a token axis, and its strides."""
-
-    p: Tensor
-    b: int
-    t: int
-    h: int
 
 
 def supports(problem: Problem) -> str | None:
@@ -135,18 +127,17 @@ def forward(inputs: MlpInputs, problem: Problem, group: int = GROUP) -> tuple[Ml
     Raises:
         ValueError: a tensor has another shape, dtype, device or layout than the kernel takes.
     """
-    _check(inputs, INPUTS, problem)
+    check(inputs, INPUTS, problem, supports(problem))
     chains, like = problem.batch * problem.heads, inputs.w1
     groups = -(-problem.mini_batches // group)
     saved = like.new_empty(chains, groups, record(problem.head_dim))
     norms = [like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16) for _ in range(2)]
     norms += [like.new_empty(chains, problem.tokens) for _ in range(2)]
     outputs = MlpOutputs(
-        torch.empty_like(inputs.xq, memory_format=torch.contiguous_format), *(torch.empty_like(x) for x in inputs[7:])
+        contiguous_like(inputs.xq), *(contiguous_like(x) for x in inputs[7:])
     )
-    views = [view(x) for x in inputs[:4]]
     arguments = ForwardArguments(
-        *views, *inputs[4:], *outputs, saved, *norms,
+        *map(view, inputs[:4]), *inputs[4:], *outputs, saved, *norms,
         problem.heads, problem.mini_batches, group, int(all(map(aligned, inputs[:3]))), problem.eps,
     )  # fmt: skip
     launch(forward_kernel(problem), chains, arguments, like.device, problem)
@@ -159,18 +150,18 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
     Raises:
         ValueError: a cotangent has another shape, dtype, device or layout than the kernel takes.
     """
-    _check(cotangents, OUTPUTS, problem)
     inputs, *kept, group = residuals
+    check(cotangents, OUTPUTS, problem, supports(problem), inputs.xq)
     chains, like = problem.batch * problem.heads, inputs.w1
-    d_tokens = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:4]]
-    d_state = [torch.empty_like(x) for x in inputs[7:]]
+    d_tokens = [contiguous_like(x) for x in inputs[:4]]
+    d_state = [contiguous_like(x) for x in inputs[7:]]
     d_shared = [like.new_empty(chains, size) for size in (problem.mini_batch, problem.head_dim, problem.head_dim)]
     size = work_bytes(problem, group)
     work = like.new_empty(chains, size, dtype=torch.uint8)
     arguments = BackwardArguments(
         *map(view, inputs[:4]), *inputs[4:7], view(cotangents.out), *cotangents[1:], *kept,
         *d_tokens, *d_state, *d_shared, work, size,
-        problem.heads, problem.mini_batches, group, int(all(map(aligned, inputs[:2]))), problem.eps,
+        problem.heads, problem.mini_batches, group, int(all(map(aligned, (*inputs[:3], cotangents.out)))), problem.eps,
     )  # fmt: skip
     launch(backward_kernel(problem), chains, arguments, like.device, problem)
     d_token_eta, d_ln_weight, d_ln_bias = (x.unflatten(0, (problem.batch, problem.heads)) for x in d_shared)
@@ -178,7 +169,7 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
 
 
 def work_bytes(problem: Problem, group: int) -> int:
-    """What a chain of the backward has in global memory: `Work` in `mlp_backward.cu`, and `group + 1` rounded states."""
+    """What a chain of the backward has in global memory: `Work` in `mlp_backward.cu`, and `group + 1` states."""
     d, m = problem.head_dim, problem.mini_batch
     chunks, warps = m // 16, d // 8
     fixed = 32 * d * d + 4 * m * d + 7 * chunks * warps * 1024 + chunks * (chunks + 1) // 2 * warps * 512
@@ -192,9 +183,11 @@ def backward_kernel(problem: Problem) -> CudaKernel:
     stages = 2 if chunks < 4 else 1
     kept = min(7 if causal else 5, 7 if chunks < 2 else 6 if chunks < 4 else 3 if causal else 4)
     squares = chunks * (chunks + 1) // 2 if causal else 0
-    shared = (2 * stages + 3) * m * row * 2 + stages * warps * 16 * row * 4 + kept * chunks * warps * 1024
-    shared += 2 * (squares + 1) * (1024 if chunks < 4 else 512)
-    shared += 4 * (stages * m + m + 8 * d + warps * d + warps * m + m + 2 * (warps if causal else 1) * m)
+    ahead = causal and chunks == 1
+    shared = (2 * stages + 3) * m * row * 2 + (2 if chunks == 2 else 1) * warps * 16 * row * 4
+    shared += (8 * m * row * 2 + warps * (128 * d + 2048)) if ahead else 64 + 32 * warps
+    shared += kept * chunks * warps * 1024 + 2 * (squares + 1) * (1024 if chunks < 4 else 512)
+    shared += 4 * (3 * stages * m + m + 8 * d + warps * d + warps * m + m + 2 * (warps if causal else 1) * m)
     return _kernel(problem, "mlp_backward", -(-shared // 16) * 16, 0)
 
 
@@ -216,17 +209,12 @@ def _kernel(problem: Problem, name: str, shared: int, spills: int) -> CudaKernel
     d, m, causal = problem.head_dim, problem.mini_batch, str(problem.causal).lower()
     return CudaKernel(
         source=_KERNELS / f"{name}.cu",
-        expression=f"ttt::{name}<ttt::{problem.dtype}, {d}, {m}, {causal}>",
+        expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {d}, {m}, {causal}>",
         inner_model="mlp",
         threads=4 * d,
         dynamic_shared_bytes=shared,
         declared_spill_bytes=spills,
     )
-
-
-def view(x: Tensor) -> View:
-    """`x` as a kernel takes it."""
-    return View(x, *x.stride()[:3])
 
 
 def aligned(x: Tensor) -> bool:
@@ -240,9 +228,3 @@ def static_kernels() -> Iterator[CudaKernel]:
         problem = Problem("mlp", 1, mini_batch, 1, 64, mini_batch, causal, dtype="bf16")
         yield forward_kernel(problem)
         yield backward_kernel(problem)
-
-
-def _check(tensors: Any, kinds: Any, problem: Problem) -> None:
-    if reason := supports(problem):
-        raise ValueError(reason)
-    validate(tensors, kinds, problem)

@@ -44,13 +44,20 @@ template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     static constexpr int KEPT_SHARED = KEPT < ROOM ? KEPT : ROOM;  // the others in global memory
     static constexpr int SQUARES = CAUSAL ? CHUNKS * (CHUNKS + 1) / 2 : 0;
     static constexpr bool WIDE = CHUNKS < 4;                                // squares in fp32
+    // One chunk, causal: there is room for all that a mini-batch reads, copied while the one before it is computed.
+    static constexpr bool AHEAD = CHUNKS == 1 && CAUSAL;
+    static constexpr int SUMS = CHUNKS == 2 ? 2 : 1;  // buffers of partial sums
     T xq[STAGES][TILE], xk[STAGES][TILE];
+    T xv[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], d_out[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
+    fp16 x_hat[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], x_hat_bar[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
+    uint32_t weights[S::WARPS][AHEAD ? 32 * D : 4];     // of w1 and w2, 8 x 8 blocks of this warp
+    float bend[S::WARPS][AHEAD ? 512 : 4];              // g_x2 gelu''(z1)
     T g_z2[TILE], d_z2_bar[TILE];
     T d_z2[TILE];  // `again`: -eta_last lr g_z2
-    float partials[STAGES][S::WARPS * S::PARTIAL];
+    float partials[SUMS][S::WARPS * S::PARTIAL];
     uint32_t kept[KEPT_SHARED][CHUNKS][S::WARPS][256];
     uint32_t attn1[SQUARES + 1][WIDE ? 256 : 128], d_scores2[SQUARES + 1][WIDE ? 256 : 128];
-    float lr[STAGES][M], token_eta[M], b1[S::F], d_b1[S::F], b2_part[S::WARPS][D];
+    float lr[STAGES][M], rstd[STAGES][M], rstd_bar[STAGES][M], token_eta[M], b1[S::F], d_b1[S::F], b2_part[S::WARPS][D];
     float along[S::WARPS][M], along_b2[M];
     float lr_part[CAUSAL ? S::WARPS : 1][M], eta_part[CAUSAL ? S::WARPS : 1][M];
 };
@@ -94,6 +101,41 @@ template <int D> TTT_INLINE Second<D> restore_second(const Words* from, int thre
         const int m = k / 2, n = k % 2 * 2;
         Words y = from[k * Sizes<D>::THREADS + thread];
         w.x[m][n][0] = y.x[0], w.x[m][n][1] = y.x[1], w.x[m][n + 1][0] = y.x[2], w.x[m][n + 1][1] = y.x[3];
+    }
+    return w;
+}
+
+// The same as 8 x 8 blocks one after another, D of a warp, which ldmatrix gives as they are or transposed.
+template <int D> TTT_INLINE void save_blocks(uint32_t* to, const First<D>& w1, const Second<D>& w2, int lane) {
+#pragma unroll
+    for (int k = 0; k < D / 2; k++) {
+        to[32 * k + lane] = w1.x[k / (D / 4)][k / 2 % (D / 8)][k % 2];
+        to[32 * (D / 2 + k) + lane] = w2.x[k / 8][k / 2 % 4][k % 2];
+    }
+}
+template <bool TRANSPOSED> TTT_INLINE void load_blocks(uint32_t (&r)[4], const uint32_t* blocks, int lane) {
+    if (TRANSPOSED) ldmatrix_x4_trans(r, blocks + 4 * lane);
+    else ldmatrix_x4(r, blocks + 4 * lane);
+}
+template <bool TRANSPOSED, int D> TTT_INLINE First<D> first_of_blocks(const uint32_t* blocks, int lane) {
+    First<D> w;
+#pragma unroll
+    for (int k = 0; k < D / 8; k++) {
+        uint32_t r[4];
+        load_blocks<TRANSPOSED>(r, blocks + 128 * k, lane);
+        const int i = k / (D / 16), j = k % (D / 16) * 2;
+        w.x[i][j][0] = r[0], w.x[i][j][1] = r[1], w.x[i][j + 1][0] = r[2], w.x[i][j + 1][1] = r[3];
+    }
+    return w;
+}
+template <bool TRANSPOSED, int D> TTT_INLINE Second<D> second_of_blocks(const uint32_t* blocks, int lane) {
+    Second<D> w;
+#pragma unroll
+    for (int k = 0; k < D / 8; k++) {
+        uint32_t r[4];
+        load_blocks<TRANSPOSED>(r, blocks + 16 * D + 128 * k, lane);
+        const int m = k / 2, n = k % 2 * 2;
+        w.x[m][n][0] = r[0], w.x[m][n][1] = r[1], w.x[m][n + 1][0] = r[2], w.x[m][n + 1][1] = r[3];
     }
     return w;
 }
@@ -163,6 +205,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
     using Shared = BackwardShared<T, D, M, CAUSAL>;
     using W = Work<D, M>;
     constexpr int CHUNKS = M / CHUNK, F = S::F, ROW = S::ROW, STAGES = Shared::STAGES;
+    constexpr bool AHEAD = Shared::AHEAD;
     TTT_SHARED(memory);
     auto& s = *reinterpret_cast<Shared*>(memory);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -207,29 +250,94 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
     auto weights_of = [&](int k) { return reinterpret_cast<Words*>(slots + int64_t(k) * W::SLOT); };
     auto second_of = [&](int k) { return weights_of(k) + D / 8 * S::THREADS; };
     auto b1_of = [&](int k) { return reinterpret_cast<float*>(slots + int64_t(k) * W::SLOT + W::WEIGHTS); };
+    // A rounded state: the old weights (`First`, `Second`), as they lie or with every block transposed.
+    auto first_of = [&](int k) -> First<D> {
+        if constexpr (AHEAD) return first_of_blocks<false, D>(s.weights[warp], lane);
+        else return restore_first<D>(weights_of(k), thread);
+    };
+    auto first_t_of = [&](int k) -> First<D> {
+        if constexpr (AHEAD) return first_of_blocks<true, D>(s.weights[warp], lane);
+        else return transpose(restore_first<D>(weights_of(k), thread));
+    };
+    auto second_r_of = [&](int k) -> Second<D> {
+        if constexpr (AHEAD) return second_of_blocks<false, D>(s.weights[warp], lane);
+        else return restore_second<D>(second_of(k), thread);
+    };
+    auto second_t_of = [&](int k) -> Second<D> {
+        if constexpr (AHEAD) return second_of_blocks<true, D>(s.weights[warp], lane);
+        else return transpose(restore_second<D>(second_of(k), thread));
+    };
+    float next_lr = 0, next_rstd = 0, next_rstd_bar = 0;  // of token `thread`, on their way to shared memory
     auto fetch = [&](int n, bool both) {
         const int stage = n % STAGES;
-        load_tokens<T, D, M>(s.xk[stage], xk + int64_t(n) * M * a.xk.t, a.xk.t, a.aligned, thread);
-        if (both) load_tokens<T, D, M>(s.xq[stage], xq + int64_t(n) * M * a.xq.t, a.xq.t, a.aligned, thread);
-        for (int i = thread; i < M; i += S::THREADS) s.lr[stage][i] = to_float(lr[(int64_t(n) * M + i) * a.lr.t]);
+        const int64_t first = int64_t(n) * M;
+        load_tokens<T, D, M>(s.xk[stage], xk + first * a.xk.t, a.xk.t, a.aligned, thread);
+        if (both) load_tokens<T, D, M>(s.xq[stage], xq + first * a.xq.t, a.xq.t, a.aligned, thread);
+        if constexpr (AHEAD) {
+            load_tokens<T, D, M>(s.xv[stage], xv + first * a.xv.t, a.xv.t, a.aligned, thread);
+            load_tokens<fp16, D, M>(s.x_hat[stage], x_hat + first * D, D, true, thread);
+            if (both) {
+                load_tokens<T, D, M>(s.d_out[stage], d_out + first * a.d_out.t, a.d_out.t, a.aligned, thread);
+                load_tokens<fp16, D, M>(s.x_hat_bar[stage], x_hat_bar + first * D, D, true, thread);
+            }
+        }
         copy_async_commit();
+        if (thread < M) {
+            next_lr = to_float(lr[(first + thread) * a.lr.t]);
+            next_rstd = rstd[first + thread];
+            if (both) next_rstd_bar = rstd_bar[first + thread];
+        }
+    };
+    auto fetched = [&](int n) {
+        copy_async_wait<0>();
+        if (thread < M) {
+            const int stage = n % STAGES;
+            s.lr[stage][thread] = next_lr, s.rstd[stage][thread] = next_rstd, s.rstd_bar[stage][thread] = next_rstd_bar;
+        }
+        sync();
+    };
+    auto fetch_weights = [&](int k) {
+        if constexpr (AHEAD) {
+            const uint32_t* from = reinterpret_cast<const uint32_t*>(weights_of(k)) + warp * 32 * D;
+#pragma unroll
+            for (int i = 0; i < D / 4; i++) copy_async_16(s.weights[warp] + 4 * (32 * i + lane), from + 4 * (32 * i + lane));
+            if (lane < SLICE / 4) copy_async_16(b1 + 4 * lane, b1_of(k) + SLICE * warp + 4 * lane);
+            copy_async_commit();
+        }
     };
     int turn = 0;
-    auto sum_warps = [&](const float(&part)[D / 8][4]) {
+    auto sum_warps = [&](const float(&part)[D / 8][4], bool wait = (M > CHUNK)) {
         float* buffer = s.partials[turn];
-        turn = (turn + 1) % STAGES;
-        if (STAGES == 1) sync();  // the last sum has been read
+        turn = (turn + 1) % Shared::SUMS;
+        if (Shared::SUMS == 1 && wait) sync();  // the last sum has been read
         store_partial<D>(buffer + warp * S::PARTIAL, part, lane);
         sync();
         return sum_partials<D>(buffer, at);
     };
-    auto load_norm = [&](const fp16* p_x_hat, const float* p_rstd, int64_t token) {
-        Four x = load_four(p_x_hat + token * D + at.d);
-        return Norm{{x.x[0], x.x[1], x.x[2], x.x[3]}, p_rstd[token]};
+    // Of row `row` of mini-batch n: four d of what is there.
+    auto norm_of = [&](int n, int row) {
+        const int stage = n % STAGES;
+        Four x;
+        if constexpr (AHEAD) x = load_four(s.x_hat[stage] + row * ROW + at.d);
+        else x = load_four(x_hat + (int64_t(n) * M + row) * D + at.d);
+        return Norm{{x.x[0], x.x[1], x.x[2], x.x[3]}, s.rstd[stage][row]};
     };
-    // LN(z2) - target, of a token whose xk is in a tile.
-    auto inner_error = [&](const Norm& norm, int64_t token, const T* xk_row) {
-        const Four v = load_four(xv + token * a.xv.t + at.d), k = load_four(xk_row + at.d);
+    auto norm_bar_of = [&](int n, int row) {
+        const int stage = n % STAGES;
+        Four x;
+        if constexpr (AHEAD) x = load_four(s.x_hat_bar[stage] + row * ROW + at.d);
+        else x = load_four(x_hat_bar + (int64_t(n) * M + row) * D + at.d);
+        return Norm{{x.x[0], x.x[1], x.x[2], x.x[3]}, s.rstd_bar[stage][row]};
+    };
+    auto d_out_of = [&](int n, int row) {
+        if constexpr (AHEAD) return load_four(s.d_out[n % STAGES] + row * ROW + at.d);
+        else return load_four(d_out + (int64_t(n) * M + row) * a.d_out.t + at.d);
+    };
+    // LN(z2) - target
+    auto inner_error = [&](const Norm& norm, int n, int row) {
+        Four v, k = load_four(s.xk[n % STAGES] + row * ROW + at.d);
+        if constexpr (AHEAD) v = load_four(s.xv[n % STAGES] + row * ROW + at.d);
+        else v = load_four(xv + (int64_t(n) * M + row) * a.xv.t + at.d);
         Four error;
         for (int i = 0; i < 4; i++) error.x[i] = gamma[i] * norm.x_hat[i] + beta[i] - (v.x[i] - k.x[i]);
         return error;
@@ -250,13 +358,15 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
             s.b1[thread] = record[8 * D * D + thread];
             fetch(begin, false);
             for (int n = begin;; n++) {
-                copy_async_wait<0>();
-                sync();
+                fetched(n);
                 {
                     const First<D> w1_r = round_first<T, D>(w1);
                     const Second<D> w2_r = round_second<T, D>(w2), w2_t = transpose(w2_r);
-                    save_first<D>(weights_of(n - begin), w1_r, thread);
-                    save_second<D>(second_of(n - begin), w2_r, thread);
+                    if (AHEAD) save_blocks<D>(reinterpret_cast<uint32_t*>(weights_of(n - begin)) + warp * 32 * D, w1_r, w2_r, lane);
+                    else {
+                        save_first<D>(weights_of(n - begin), w1_r, thread);
+                        save_second<D>(second_of(n - begin), w2_r, thread);
+                    }
                     b1_of(n - begin)[thread] = s.b1[thread];
                     if (n == end - CAUSAL) break;
                     const T* xk_tile = s.xk[n % STAGES];
@@ -265,9 +375,8 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
 #pragma unroll 1
                     for (int c = 0; c < CHUNKS; c++) {
                         const int row = CHUNK * c + at.token;
-                        const int64_t token = int64_t(n) * M + row;
-                        const Norm norm = load_norm(x_hat, rstd, token);
-                        Four g_z2 = project<D>(times_gamma(inner_error(norm, token, xk_tile + row * ROW)), norm);
+                        const Norm norm = norm_of(n, row);
+                        Four g_z2 = project<D>(times_gamma(inner_error(norm, n, row)), norm);
                         store_four(s.g_z2 + row * ROW + at.d, g_z2.x);
                         for (int i = 0; i < 4; i++) g_z2.x[i] *= -eta_last * lr_n[row];
                         store_four(s.d_z2 + row * ROW + at.d, g_z2.x);
@@ -308,15 +417,15 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
             load_weights<D>(d_w1, d_w2, a.d_final_w1 + chain * F * D, a.d_final_w2 + chain * F * D, warp, lane);
         else restore_weights<D>(d_w1, d_w2, work_d_w, thread);
         fetch(end - 1, true);
+        fetch_weights(end - 1 - begin);
         for (int n = end - 1; n >= begin; n--) {
             const int stage = n % STAGES;
-            copy_async_wait<0>();
-            const float b1_n = b1_of(n - begin)[thread], b1_next = CAUSAL ? 0 : b1_of(n - begin + 1)[thread];
-            sync();
+            const float b1_n = AHEAD ? 0 : b1_of(n - begin)[thread], b1_next = CAUSAL ? 0 : b1_of(n - begin + 1)[thread];
+            fetched(n);
             if (STAGES == 2 && n > begin) fetch(n - 1, true);
             const T *xq_tile = s.xq[stage], *xk_tile = s.xk[stage];
             const float* lr_n = s.lr[stage];
-            s.b1[thread] = CAUSAL ? b1_n : b1_next;
+            if (!AHEAD) s.b1[thread] = CAUSAL ? b1_n : b1_next;
             if (CAUSAL)
                 for (int i = lane; i < M; i += 32) s.lr_part[warp][i] = 0;
 
@@ -325,16 +434,15 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
 #pragma unroll 1
             for (int c = 0; c < CHUNKS; c++) {
                 const int row = CHUNK * c + at.token;
-                const int64_t token = int64_t(n) * M + row;
-                const Norm norm_bar = load_norm(x_hat_bar, rstd_bar, token), norm = load_norm(x_hat, rstd, token);
-                const Four d_y = load_four(d_out + token * a.d_out.t + at.d);
+                const Norm norm_bar = norm_bar_of(n, row), norm = norm_of(n, row);
+                const Four d_y = d_out_of(n, row);
                 const Four d_z2_bar = project<D>(times_gamma(d_y), norm_bar);
                 for (int i = 0; i < 4; i++) {
                     d_gamma[i] += d_y.x[i] * norm_bar.x_hat[i], d_beta[i] += d_y.x[i];
                     step_b2[i] += d_z2_bar.x[i];
                 }
                 store_four(s.d_z2_bar + row * ROW + at.d, d_z2_bar.x);
-                const Four g_z2 = project<D>(times_gamma(inner_error(norm, token, xk_tile + row * ROW)), norm);
+                const Four g_z2 = project<D>(times_gamma(inner_error(norm, n, row)), norm);
                 store_four(s.g_z2 + row * ROW + at.d, g_z2.x);
             }
             auto share_b2 = [&]() {
@@ -401,18 +509,34 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
             // Read: the read-out's own cotangents; not causal they are part of d_w already where the update is pulled back.
             float read_b1[8] = {};
             if (CAUSAL) {
-                const First<D> w1_r = restore_first<D>(weights_of(n - begin), thread);
-                const Second<D> w2_t = transpose(restore_second<D>(second_of(n - begin), thread));
+                const First<D> w1_r = first_of(n - begin);
+                const Second<D> w2_t = second_t_of(n - begin);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
                     float z1[4][4], g_z1[4][4] = {};
                     start_columns(z1, b1, t);
                     times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
                     times_second_t<T, D>(g_z1, s.g_z2, CHUNK * c, w2_t, lane);
+                    if constexpr (AHEAD) {
+                        float slope[4][4];
 #pragma unroll
-                    for (int e = 0; e < 16; e++) {
-                        const Gelu y = gelu_first(z1[e / 4][e % 4]);
-                        z1[e / 4][e % 4] = y.value, g_z1[e / 4][e % 4] *= y.first;
+                        for (int k = 0; k < 4; k++) {
+                            Four bend;
+#pragma unroll
+                            for (int i = 0; i < 4; i++) {
+                                const GeluSecond y = gelu_second(z1[k][i]);
+                                z1[k][i] = y.value, slope[k][i] = y.first, bend.x[i] = g_z1[k][i] * y.second;
+                                g_z1[k][i] *= y.first;
+                            }
+                            reinterpret_cast<Four*>(s.bend[warp])[32 * k + lane] = bend;
+                        }
+                        keep(slot(SLOPE, c), round_columns<fp16>(slope), lane);
+                    } else {
+#pragma unroll
+                        for (int e = 0; e < 16; e++) {
+                            const Gelu y = gelu_first(z1[e / 4][e % 4]);
+                            z1[e / 4][e % 4] = y.value, g_z1[e / 4][e % 4] *= y.first;
+                        }
                     }
                     keep(slot(X2, c), round_columns<T>(z1), lane);
                     keep(slot(G_Z1, c), round_columns<T>(g_z1), lane);
@@ -420,8 +544,8 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
             }
             {
                 const int now = n - begin + (CAUSAL ? 0 : 1);
-                const First<D> w1_r = restore_first<D>(weights_of(now), thread);
-                const Second<D> w2_t = transpose(restore_second<D>(second_of(now), thread));
+                const First<D> w1_r = first_of(now), w1_t = AHEAD ? first_t_of(now) : transpose(w1_r);
+                const Second<D> w2_t = second_t_of(now);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
                     float z1_bar[4][4], d_z1_bar[4][4] = {};
@@ -455,7 +579,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                     const Columns x2_bar_t = transpose(round_columns<T>(z1_bar)), d_z1_bar_r = round_columns<T>(d_z1_bar);
                     const Columns d_z1_bar_t = transpose(d_z1_bar_r);
                     float part[D / 8][4] = {};
-                    times_first_t<T, D>(part, d_z1_bar_r, transpose(w1_r));
+                    times_first_t<T, D>(part, d_z1_bar_r, w1_t);
                     if (CAUSAL) {
                         keep(slot(X2_BAR, c), x2_bar_t, lane);
                         keep(slot(D_Z1_BAR, c), d_z1_bar_t, lane);
@@ -484,7 +608,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                     }
                     Four sum = sum_warps(part);
                     const int64_t token = int64_t(n) * M + CHUNK * c + at.token;
-                    const Four d_y = load_four(d_out + token * a.d_out.t + at.d);
+                    const Four d_y = d_out_of(n, CHUNK * c + at.token);
                     for (int i = 0; i < 4; i++) sum.x[i] += d_y.x[i];
                     store_four(d_xq + token * own_stride + at.d, sum.x);
                 }
@@ -497,39 +621,60 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
 
             // Update: what d_w pulls back, up to d_z2.
             {
-                const First<D> w1_r = restore_first<D>(weights_of(n - begin), thread);
-                const Second<D> w2_t = transpose(restore_second<D>(second_of(n - begin), thread));
+                const First<D> w1_r = AHEAD ? First<D>() : first_of(n - begin);
+                const Second<D> w2_t = AHEAD ? Second<D>() : second_t_of(n - begin);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
                     if (CHUNKS > 1) pin(d_w1), pin(d_w2);
                     const float step[2] = {scale * lr_n[CHUNK * c + g], scale * lr_n[CHUNK * c + g + 8]};
-                    float z1[4][4], g_x2[4][4] = {}, pulled1[4][4], pulled_x2[4][4] = {}, along[2] = {};
-                    start_columns(z1, b1, t);
-                    times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
-                    times_second_t<T, D>(g_x2, s.g_z2, CHUNK * c, w2_t, lane);
+                    float slope[4][4], bend[4][4], pulled1[4][4], pulled_x2[4][4] = {}, along[2] = {};
                     start_columns(pulled1, d_b1, t);
                     times_first<T, D>(pulled1, xk_tile, CHUNK * c, round_first<T, D>(d_w1), lane);
                     const Second<D> d_w2_r = round_second<T, D>(d_w2);
                     times_second_t<T, D>(pulled_x2, s.g_z2, CHUNK * c, transpose(d_w2_r), lane);
-                    float x2[4][4], slope[4][4], g_z1[4][4], bend[4][4];
+                    Columns x2_r;
+                    if constexpr (AHEAD) {
+                        x2_r = kept(slot(X2, c), lane);
+                        const Columns slope_r = kept(slot(SLOPE, c), lane), g_z1_r = kept(slot(G_Z1, c), lane);
 #pragma unroll
-                    for (int e = 0; e < 16; e++) {
-                        const int k = e / 4, i = e % 4, h = e / 2 % 2;
-                        const GeluSecond y = gelu_second(z1[k][i]);
-                        x2[k][i] = y.value, slope[k][i] = y.first, bend[k][i] = g_x2[k][i] * y.second;
-                        g_z1[k][i] = g_x2[k][i] * y.first;
-                        along[h] += g_z1[k][i] * pulled1[k][i] + x2[k][i] * pulled_x2[k][i];
-                        pulled1[k][i] *= step[h], pulled_x2[k][i] *= step[h];  // now d_g_z1 and d_x2
+                        for (int k = 0; k < 4; k++) {
+                            const Four y = reinterpret_cast<const Four*>(s.bend[warp])[32 * k + lane];
+#pragma unroll
+                            for (int h = 0; h < 2; h++) {
+                                const float2 x = unpack<T>(x2_r.x[k][h]), first = unpack<fp16>(slope_r.x[k][h]);
+                                const float2 g_z1 = unpack<T>(g_z1_r.x[k][h]);
+                                slope[k][2 * h] = first.x, slope[k][2 * h + 1] = first.y;
+                                bend[k][2 * h] = y.x[2 * h], bend[k][2 * h + 1] = y.x[2 * h + 1];
+                                along[h] += g_z1.x * pulled1[k][2 * h] + g_z1.y * pulled1[k][2 * h + 1];
+                                along[h] += x.x * pulled_x2[k][2 * h] + x.y * pulled_x2[k][2 * h + 1];
+                            }
+                        }
+                    } else {
+                        float z1[4][4], g_x2[4][4] = {};
+                        start_columns(z1, b1, t);
+                        times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
+                        times_second_t<T, D>(g_x2, s.g_z2, CHUNK * c, w2_t, lane);
+#pragma unroll
+                        for (int e = 0; e < 16; e++) {
+                            const int k = e / 4, i = e % 4, h = e / 2 % 2;
+                            const GeluSecond y = gelu_second(z1[k][i]);
+                            z1[k][i] = y.value, slope[k][i] = y.first, bend[k][i] = g_x2[k][i] * y.second;
+                            g_x2[k][i] *= y.first;  // now x2 and g_z1
+                            along[h] += g_x2[k][i] * pulled1[k][i] + z1[k][i] * pulled_x2[k][i];
+                        }
+                        x2_r = round_columns<T>(z1);
+                        keep(slot(X2, c), x2_r, lane);
+                        keep(slot(G_Z1, c), round_columns<T>(g_x2), lane);
+                        keep(slot(SLOPE, c), round_columns<fp16>(slope), lane);
                     }
+#pragma unroll
+                    for (int e = 0; e < 16; e++)  // now d_g_z1 and d_x2
+                        pulled1[e / 4][e % 4] *= step[e / 2 % 2], pulled_x2[e / 4][e % 4] *= step[e / 2 % 2];
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         along[h] += shuffle_xor(along[h], 1), along[h] += shuffle_xor(along[h], 2);
                         if (t == 0) s.along[warp][CHUNK * c + g + 8 * h] = along[h];
                     }
-                    const Columns x2_r = round_columns<T>(x2);
-                    keep(slot(X2, c), x2_r, lane);
-                    keep(slot(G_Z1, c), round_columns<T>(g_z1), lane);
-                    keep(slot(SLOPE, c), round_columns<fp16>(slope), lane);
                     float part[D / 8][4] = {};
                     times_second<T, D>(part, x2_r, d_w2_r);
 #pragma unroll
@@ -572,14 +717,14 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                     keep(slot(Z1, c), round_columns<T>(bend), lane);
                     const Columns d_g_x2 = round_columns<T>(pulled1);
                     keep(slot(G_X2, c), d_g_x2, lane);
-                    times_second<T, D>(part, d_g_x2, restore_second<D>(second_of(n - begin), thread));
-                    Four d_g = sum_warps(part);
+                    times_second<T, D>(part, d_g_x2, second_r_of(n - begin));
+                    Four d_g = sum_warps(part, true);
 
                     // The second order, as in implementations/torch/blocks.py
                     const int row = CHUNK * c + at.token;
                     const int64_t token = int64_t(n) * M + row;
-                    const Norm norm = load_norm(x_hat, rstd, token);
-                    const Four error = inner_error(norm, token, xk_tile + row * ROW), p = times_gamma(error);
+                    const Norm norm = norm_of(n, row);
+                    const Four error = inner_error(norm, n, row), p = times_gamma(error);
                     const Four g_z2 = project<D>(p, norm);
                     float along_p = 0, along_b2 = 0, along_d_g = 0, through_rstd = 0;
                     for (int i = 0; i < 4; i++) {
@@ -622,8 +767,8 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
             // First: d_z1 and d_xk.
             float step_b1[8] = {};
             {
-                const First<D> w1_t = transpose(restore_first<D>(weights_of(n - begin), thread));
-                const Second<D> w2_t = transpose(restore_second<D>(second_of(n - begin), thread));
+                const First<D> w1_t = first_t_of(n - begin);
+                const Second<D> w2_t = second_t_of(n - begin);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
                     if (CHUNKS > 1) pin(d_w1);
@@ -662,6 +807,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
             }
 
             // Weights.
+            if (n > begin) fetch_weights(n - 1 - begin);
 #pragma unroll 1
             for (int c = 0; c < CHUNKS; c++) {
                 update_first<T, D>(d_w1, kept(slot(Z1, c), lane), xk_tile, CHUNK * c, lane);
