@@ -15,7 +15,7 @@ from torch import Tensor
 
 from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, view
 from implementations.cuda.module import launch
-from implementations.kernels import CudaKernel
+from implementations.kernels import ARCHITECTURES, CudaKernel
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs
 
@@ -105,7 +105,7 @@ class BackwardArguments(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """The inputs; the fast weights of every `group`-th mini-batch; the LayerNorm that `out` went through."""
+    """The inputs; the fast weights of every `group`-th mini-batch; both LayerNorms; how both passes are cut."""
 
     inputs: MlpInputs
     saved: Tensor
@@ -114,34 +114,31 @@ class Residuals(NamedTuple):
     rstd: Tensor
     rstd_bar: Tensor
     group: int
+    split: int
 
 
-def record(head_dim: int) -> int:
-    """Floats of the fast weights that a group starts from: w1, w2, b1."""
-    return 8 * head_dim**2 + 4 * head_dim
-
-
-def forward(inputs: MlpInputs, problem: Problem, group: int = GROUP) -> tuple[MlpOutputs, Residuals]:
-    """Outputs of TTT-MLP, and what `backward` needs.
+def forward(
+    inputs: MlpInputs, problem: Problem, group: int = GROUP, split: int | None = None
+) -> tuple[MlpOutputs, Residuals]:
+    """Outputs of TTT-MLP, and what `backward` needs; `split` blocks work on a chain, 1 or 2.
 
     Raises:
         ValueError: a tensor has another shape, dtype, device or layout than the kernel takes.
     """
     check(inputs, INPUTS, problem, supports(problem))
+    split = split or default_split(problem, inputs.xq.device)
     chains, like = problem.batch * problem.heads, inputs.w1
     groups = -(-problem.mini_batches // group)
-    saved = like.new_empty(chains, groups, record(problem.head_dim))
+    saved = like.new_empty(chains, groups, 8 * problem.head_dim**2 + problem.hidden)
     norms = [like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16) for _ in range(2)]
     norms += [like.new_empty(chains, problem.tokens) for _ in range(2)]
-    outputs = MlpOutputs(
-        contiguous_like(inputs.xq), *(contiguous_like(x) for x in inputs[7:])
-    )
+    outputs = MlpOutputs(contiguous_like(inputs.xq), *map(contiguous_like, inputs[7:]))
     arguments = ForwardArguments(
         *map(view, inputs[:4]), *inputs[4:], *outputs, saved, *norms,
         problem.heads, problem.mini_batches, group, int(all(map(aligned, inputs[:3]))), problem.eps,
     )  # fmt: skip
-    launch(forward_kernel(problem), chains, arguments, like.device, problem)
-    return outputs, Residuals(inputs, saved, *norms, group)
+    launch(forward_kernel(problem, split), chains * split, arguments, like.device, problem)
+    return outputs, Residuals(inputs, saved, *norms, group, split)
 
 
 def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> MlpInputs:
@@ -150,71 +147,29 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
     Raises:
         ValueError: a cotangent has another shape, dtype, device or layout than the kernel takes.
     """
-    inputs, *kept, group = residuals
+    inputs, *kept, group, split = residuals
     check(cotangents, OUTPUTS, problem, supports(problem), inputs.xq)
-    chains, like = problem.batch * problem.heads, inputs.w1
-    d_tokens = [contiguous_like(x) for x in inputs[:4]]
-    d_state = [contiguous_like(x) for x in inputs[7:]]
-    d_shared = [like.new_empty(chains, size) for size in (problem.mini_batch, problem.head_dim, problem.head_dim)]
-    size = work_bytes(problem, group)
-    work = like.new_empty(chains, size, dtype=torch.uint8)
+    b, h, d, m = problem.batch, problem.heads, problem.head_dim, problem.mini_batch
+    like, size = inputs.w1, work_bytes(problem, group, split)
+    d_tokens, d_state = list(map(contiguous_like, inputs[:4])), list(map(contiguous_like, inputs[7:]))
+    d_token_eta, d_ln_weight, d_ln_bias = (like.new_empty(shape) for shape in ((b * h * split, m), (b, h, d), (b, h, d)))
+    work = like.new_empty(b * h * split, size, dtype=torch.uint8)
     arguments = BackwardArguments(
         *map(view, inputs[:4]), *inputs[4:7], view(cotangents.out), *cotangents[1:], *kept,
-        *d_tokens, *d_state, *d_shared, work, size,
-        problem.heads, problem.mini_batches, group, int(all(map(aligned, (*inputs[:3], cotangents.out)))), problem.eps,
+        *d_tokens, *d_state, d_token_eta, d_ln_weight, d_ln_bias, work, size,
+        h, problem.mini_batches, group, int(all(map(aligned, (*inputs[:3], cotangents.out)))), problem.eps,
     )  # fmt: skip
-    launch(backward_kernel(problem), chains, arguments, like.device, problem)
-    d_token_eta, d_ln_weight, d_ln_bias = (x.unflatten(0, (problem.batch, problem.heads)) for x in d_shared)
-    return MlpInputs(*d_tokens, d_token_eta.sum((0, 1)), d_ln_weight.sum(0), d_ln_bias.sum(0), *d_state)
+    launch(backward_kernel(problem, split), b * h * split, arguments, like.device, problem)
+    return MlpInputs(*d_tokens, d_token_eta.sum(0), d_ln_weight.sum(0), d_ln_bias.sum(0), *d_state)
 
 
-def work_bytes(problem: Problem, group: int) -> int:
-    """What a chain of the backward has in global memory: `Work` in `mlp_backward.cu`, and `group + 1` states."""
-    d, m = problem.head_dim, problem.mini_batch
-    chunks, warps = m // 16, d // 8
-    fixed = 32 * d * d + 4 * m * d + 7 * chunks * warps * 1024 + chunks * (chunks + 1) // 2 * warps * 512
-    return fixed + (group + 1) * (16 * d * d + 16 * d)
-
-
-def backward_kernel(problem: Problem) -> CudaKernel:
-    """The instance that solves `problem`."""
-    d, m, causal = problem.head_dim, problem.mini_batch, problem.causal
-    row, chunks, warps = d + 8, m // 16, d // 8
-    stages = 2 if chunks < 4 else 1
-    kept = min(7 if causal else 5, 7 if chunks < 2 else 6 if chunks < 4 else 3 if causal else 4)
-    squares = chunks * (chunks + 1) // 2 if causal else 0
-    ahead = causal and chunks == 1
-    shared = (2 * stages + 3) * m * row * 2 + (2 if chunks == 2 else 1) * warps * 16 * row * 4
-    shared += (8 * m * row * 2 + warps * (128 * d + 2048)) if ahead else 64 + 32 * warps
-    shared += kept * chunks * warps * 1024 + 2 * (squares + 1) * (1024 if chunks < 4 else 512)
-    shared += 4 * (3 * stages * m + m + 8 * d + warps * d + warps * m + m + 2 * (warps if causal else 1) * m)
-    return _kernel(problem, "mlp_backward", -(-shared // 16) * 16, 0)
-
-
-def forward_kernel(problem: Problem) -> CudaKernel:
-    """The instance that solves `problem`."""
-    d, m, causal = problem.head_dim, problem.mini_batch, problem.causal
-    row, chunks, warps = d + 8, m // 16, d // 8
-    tile = m * row * 2
-    squares = chunks * (chunks + 1) // 2 if causal else 0
-    shared = 8 * tile + 2 * warps * 16 * row * 4 + 2 * chunks * warps * 1024 + (squares + 1) * 512
-    shared += 4 * (3 * m + 4 * d + warps * d)
-    return _kernel(problem, "mlp_forward", shared, _SPILLS.get((m, causal), 0))
-
-
-_SPILLS = {(16, True): 64, (64, True): 512}
-
-
-def _kernel(problem: Problem, name: str, shared: int, spills: int) -> CudaKernel:
-    d, m, causal = problem.head_dim, problem.mini_batch, str(problem.causal).lower()
-    return CudaKernel(
-        source=_KERNELS / f"{name}.cu",
-        expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {d}, {m}, {causal}>",
-        inner_model="mlp",
-        threads=4 * d,
-        dynamic_shared_bytes=shared,
-        declared_spill_bytes=spills,
-    )
+def default_split(problem: Problem, device: torch.device) -> int:
+    """Two blocks a chain where every chain can have two multiprocessors."""
+    if device.type != "cuda":
+        return 1
+    properties = torch.cuda.get_device_properties(device)
+    room = 2 * problem.batch * problem.heads <= properties.multi_processor_count
+    return 2 if room and properties.major >= 9 else 1
 
 
 def aligned(x: Tensor) -> bool:
@@ -222,9 +177,75 @@ def aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
 
 
+def work_bytes(problem: Problem, group: int, split: int) -> int:
+    """What a block of the backward has in global memory: `Work` in `mlp_backward.cu`, and `group + 1` rounded states."""
+    d, m = problem.head_dim, problem.mini_batch
+    chunks, warps = m // 16, d // 8
+    fixed = 32 * d * d // split + 4 * m * d
+    fixed += 7 * chunks * warps * 1024 // split + chunks * (chunks + 1) // 2 * warps * 512
+    return fixed + (group + 1) * (16 * d * d + 16 * d) // split
+
+
+def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
+    """The instance that solves `problem`."""
+    d, m = problem.head_dim, problem.mini_batch
+    row, chunks, warps = d + 8, m // 16, d // 8
+    squares = chunks * (chunks + 1) // 2 if problem.causal else 0
+    sums = 1 if split == 2 and chunks == 4 else 2
+    exchanged = chunks + (chunks + 1) // 2
+    shared = (  # `ForwardShared` in `mlp_forward.cu`
+        8 * m * row * 2
+        + sums * warps * 16 * row * 4
+        + (3 * exchanged * 4 * d * 16 if split == 2 else 3 * 16)
+        + 2 * chunks * warps * 1024 // split
+        + (squares + 1) * 512
+        + 4 * (3 * m + 4 * d // split + warps * d)
+    )
+    return _kernel(problem, "mlp_forward", shared, split)
+
+
+def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
+    """The instance that solves `problem`."""
+    d, m, causal = problem.head_dim, problem.mini_batch, problem.causal
+    row, chunks, warps = d + 8, m // 16, d // 8
+    stages, half = 2 if chunks < 4 else 1, (chunks + 1) // 2
+    squares = chunks * (chunks + 1) // 2 if causal else 0
+    ahead = causal and chunks == 1
+    room = {1: 7, 2: 6}.get(chunks, (4 if causal else 5) if split == 2 else (3 if causal else 4))
+    shared = (  # `BackwardShared` in `mlp_backward.cu`
+        (2 * stages + 3) * m * row * 2
+        + (8 * m * row * 2 + warps * (128 * d + 2048) // split if ahead else 64 + 32 * warps)
+        + (2 if chunks == 2 else 1) * warps * 16 * row * 4
+        + ((2 * chunks + 3 * half) * 4 * d * 16 + 8 * m if split == 2 else 64)
+        + min(7 if causal else 5, room) * chunks * warps * 1024 // split
+        + 2 * (squares + 1) * (1024 if chunks < 4 else 512)
+        + 4 * (3 * stages * m + m + 8 * d // split + warps * d + warps * m + m + 2 * (warps if causal else 1) * m)
+    )
+    return _kernel(problem, "mlp_backward", shared, split)
+
+
+# Bytes a thread that spill with one block a chain, on the worst of the architectures: the state is half of the registers.
+_SPILLS = {"mlp_forward": 400, "mlp_backward": 2400}
+
+
+def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
+    d, m, causal = problem.head_dim, problem.mini_batch, str(problem.causal).lower()
+    return CudaKernel(
+        source=_KERNELS / f"{name}.cu",
+        expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {d}, {m}, {causal}>",
+        inner_model="mlp",
+        threads=4 * d,
+        options=(f"-DTTT_SPLIT={split}",),
+        dynamic_shared_bytes=-(-shared // 16) * 16,
+        declared_spill_bytes=_SPILLS[name],
+        cluster=split,
+        architectures=ARCHITECTURES if split == 1 else ARCHITECTURES[1:],
+    )
+
+
 def static_kernels() -> Iterator[CudaKernel]:
     """The instances of the named cases in bf16."""
-    for mini_batch, causal in ((16, True), (64, True), (64, False)):
+    for mini_batch, causal, split in ((16, True, 1), (64, True, 1), (64, False, 1), (64, False, 2)):
         problem = Problem("mlp", 1, mini_batch, 1, 64, mini_batch, causal, dtype="bf16")
-        yield forward_kernel(problem)
-        yield backward_kernel(problem)
+        yield forward_kernel(problem, split)
+        yield backward_kernel(problem, split)

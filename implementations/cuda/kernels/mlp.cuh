@@ -1,13 +1,14 @@
 // What the tensor-core kernels of TTT-MLP share: the fast weights in the registers of a block, and products with them.
 //
-// A block of D / 8 warps holds one chain. Warp i owns 32 hidden columns f of both layers, as fp32 accumulators of the
-// transposed weights, so that an update, which accumulates, is a product into them:
-//     W1^T [32 f, D]: w1[i][j] is the 16 x 8 tile of f tile i and d tile j       (D / 2 registers a lane... 64 at D = 64)
-//     W2^T [D, 32 f]: w2[m][n] is the 16 x 8 tile of d tile m and f tile n
+// A block of D / 8 warps holds one chain, or a cluster of SPLIT = 2 blocks does, each with half of the hidden columns.
+// Warp i owns SLICE = 32 / SPLIT hidden columns f of both layers, as fp32 accumulators of the transposed weights, so that
+// an update, which accumulates, is a product into them; D / SPLIT registers a lane for each layer:
+//     W1^T [SLICE f, D]: w1[i][j] is the 16 x 8 tile of f tile i and d tile j
+//     W2^T [D, SLICE f]: w2[m][n] is the 16 x 8 tile of d tile m and f tile n
 // Rounded in pairs (`Fragments`) they are, as they lie, the B operands of xk w1 and x2 w2; with every 8 x 8 block
 // transposed (`transpose`) those of .. w1^T and .. w2^T.
 //
-// Of tokens [16, 32 f] a warp has accumulators z[4][4]: tile n is f = 8n .. 8n + 7. Rounded (`Columns`) they are the
+// Of tokens [16, SLICE f] a warp has accumulators z[FT][4]: tile n is f = 8n .. 8n + 7. Rounded (`Columns`) they are the
 // A operand of a product over f and the B operand [f, token]; transposed, the A operand [f, token] and the B operand
 // [token, f]. So nothing but tokens and sums over f goes through shared memory.
 //
@@ -18,7 +19,17 @@
 namespace ttt {
 
 constexpr int CHUNK = 16;  // tokens of one product
-constexpr int SLICE = 32;  // hidden columns of one warp
+#ifndef TTT_SPLIT
+#define TTT_SPLIT 1
+#endif
+#if TTT_SPLIT > 1
+#define TTT_CLUSTER __cluster_dims__(TTT_SPLIT, 1, 1)
+#else
+#define TTT_CLUSTER
+#endif
+constexpr int SPLIT = TTT_SPLIT;   // blocks of a chain
+constexpr int SLICE = 32 / SPLIT;  // hidden columns of one warp
+constexpr int FT = SLICE / 8, FK = SLICE / 16;
 
 struct alignas(16) Four { float x[4]; };
 struct alignas(16) Words { uint32_t x[4]; };
@@ -26,22 +37,22 @@ struct alignas(8) Two { float x[2]; };
 struct alignas(8) Pair { uint32_t x[2]; };
 
 template <int D> struct Sizes {
-    static constexpr int F = 4 * D, WARPS = F / SLICE, THREADS = 32 * WARPS, TILES = D / 8;
+    static constexpr int F = 4 * D, OWN = F / SPLIT, WARPS = OWN / SLICE, THREADS = 32 * WARPS;
     static constexpr int ROW = D + 8;             // of a tile of tokens in shared memory: no bank conflicts
     static constexpr int LANES = D / 4;           // of one token, four d each, where rows are summed
     static constexpr int PARTIAL = CHUNK * ROW;   // floats of one warp's part of [16, D]
-    static constexpr int RECORD = 8 * D * D + F;  // floats of the fast weights that the backward starts a group from: w1, w2, b1
+    static constexpr int RECORD = (8 * D * D + F) / SPLIT;  // floats of a block's fast weights: w1, w2, b1
 };
 
 // --- Operands ---
 
 // Columns of one warp's 16 tokens, rounded: x[n][h] is the pair [token g + 8h, f = 8n + 2t].
-struct Columns { uint32_t x[4][2]; };
+struct Columns { uint32_t x[FT][2]; };
 
-template <typename T> TTT_INLINE Columns round_columns(const float (&z)[4][4]) {
+template <typename T> TTT_INLINE Columns round_columns(const float (&z)[FT][4]) {
     Columns y;
 #pragma unroll
-    for (int n = 0; n < 4; n++)
+    for (int n = 0; n < FT; n++)
         for (int h = 0; h < 2; h++) y.x[n][h] = pack<T>(z[n][2 * h], z[n][2 * h + 1]);
     return y;
 }
@@ -49,38 +60,38 @@ template <typename T> TTT_INLINE Columns round_columns(const float (&z)[4][4]) {
 TTT_INLINE Columns transpose(const Columns& a) {
     Columns y;
 #pragma unroll
-    for (int n = 0; n < 4; n++)
+    for (int n = 0; n < FT; n++)
         for (int h = 0; h < 2; h++) y.x[n][h] = movmatrix(a.x[n][h]);
     return y;
 }
 
 // Fast weights of one warp, rounded, 8 x 8 blocks: of W1^T x[i][j][h] is block f = 16i + 8h, d = 8j.
-template <int D> struct First { uint32_t x[2][D / 8][2]; };
+template <int D> struct First { uint32_t x[FK][D / 8][2]; };
 // Of W2^T x[m][n][h] is block d = 16m + 8h, f = 8n.
-template <int D> struct Second { uint32_t x[D / 16][4][2]; };
+template <int D> struct Second { uint32_t x[D / 16][FT][2]; };
 
-template <typename T, int D> TTT_INLINE First<D> round_first(const float (&w)[2][D / 8][4]) {
+template <typename T, int D> TTT_INLINE First<D> round_first(const float (&w)[FK][D / 8][4]) {
     First<D> y;
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < FK; i++)
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
             for (int h = 0; h < 2; h++) y.x[i][j][h] = pack<T>(w[i][j][2 * h], w[i][j][2 * h + 1]);
     return y;
 }
-template <typename T, int D> TTT_INLINE Second<D> round_second(const float (&w)[D / 16][4][4]) {
+template <typename T, int D> TTT_INLINE Second<D> round_second(const float (&w)[D / 16][FT][4]) {
     Second<D> y;
 #pragma unroll
     for (int m = 0; m < D / 16; m++)
 #pragma unroll
-        for (int n = 0; n < 4; n++)
+        for (int n = 0; n < FT; n++)
             for (int h = 0; h < 2; h++) y.x[m][n][h] = pack<T>(w[m][n][2 * h], w[m][n][2 * h + 1]);
     return y;
 }
 template <int D> TTT_INLINE First<D> transpose(const First<D>& a) {
     First<D> y;
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < FK; i++)
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
             for (int h = 0; h < 2; h++) y.x[i][j][h] = movmatrix(a.x[i][j][h]);
@@ -91,7 +102,7 @@ template <int D> TTT_INLINE Second<D> transpose(const Second<D>& a) {
 #pragma unroll
     for (int m = 0; m < D / 16; m++)
 #pragma unroll
-        for (int n = 0; n < 4; n++)
+        for (int n = 0; n < FT; n++)
             for (int h = 0; h < 2; h++) y.x[m][n][h] = movmatrix(a.x[m][n][h]);
     return y;
 }
@@ -117,26 +128,26 @@ template <int ROW, typename T> TTT_INLINE void load_b_trans(uint32_t (&b)[4], co
 
 // --- Products; each adds to its first argument ---
 
-// z [16, 32 f] += x [16, D] w1: x are 16 rows of a tile.
+// z [16, SLICE f] += x [16, D] w1: x are 16 rows of a tile.
 template <typename T, int D>
-TTT_INLINE void times_first(float (&z)[4][4], const T* tile, int row, const First<D>& w1, int lane) {
+TTT_INLINE void times_first(float (&z)[FT][4], const T* tile, int row, const First<D>& w1, int lane) {
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
         uint32_t a[4];
         load_a<D + 8>(a, tile, row, 16 * k, lane);
 #pragma unroll
-        for (int n = 0; n < 4; n++) mma<T>(z[n], a, w1.x[n / 2][2 * k][n % 2], w1.x[n / 2][2 * k + 1][n % 2]);
+        for (int n = 0; n < FT; n++) mma<T>(z[n], a, w1.x[n / 2][2 * k][n % 2], w1.x[n / 2][2 * k + 1][n % 2]);
     }
 }
-// z [16, 32 f] += y [16, D] w2^T, of w2 transposed: y are 16 rows of a tile.
+// z [16, SLICE f] += y [16, D] w2^T, of w2 transposed: y are 16 rows of a tile.
 template <typename T, int D>
-TTT_INLINE void times_second_t(float (&z)[4][4], const T* tile, int row, const Second<D>& w2_t, int lane) {
+TTT_INLINE void times_second_t(float (&z)[FT][4], const T* tile, int row, const Second<D>& w2_t, int lane) {
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
         uint32_t a[4];
         load_a<D + 8>(a, tile, row, 16 * k, lane);
 #pragma unroll
-        for (int n = 0; n < 4; n++) mma<T>(z[n], a, w2_t.x[k][n][0], w2_t.x[k][n][1]);
+        for (int n = 0; n < FT; n++) mma<T>(z[n], a, w2_t.x[k][n][0], w2_t.x[k][n][1]);
     }
 }
 TTT_INLINE void as_a(uint32_t (&a)[4], const Columns& x, int k) {  // columns f = 16k .. 16k + 15
@@ -145,60 +156,60 @@ TTT_INLINE void as_a(uint32_t (&a)[4], const Columns& x, int k) {  // columns f 
 TTT_INLINE void as_a_trans(uint32_t (&a)[4], const Columns& x_t, int k) {  // rows f = 16k .. 16k + 15
     a[0] = x_t.x[2 * k][0], a[1] = x_t.x[2 * k + 1][0], a[2] = x_t.x[2 * k][1], a[3] = x_t.x[2 * k + 1][1];
 }
-// y [16, D] += x [16, 32 f] w2.
+// y [16, D] += x [16, SLICE f] w2.
 template <typename T, int D>
 TTT_INLINE void times_second(float (&y)[D / 8][4], const Columns& x, const Second<D>& w2) {
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < FK; k++) {
         uint32_t a[4];
         as_a(a, x, k);
 #pragma unroll
         for (int n = 0; n < D / 8; n++) mma<T>(y[n], a, w2.x[n / 2][2 * k][n % 2], w2.x[n / 2][2 * k + 1][n % 2]);
     }
 }
-// y [16, D] += x [16, 32 f] w1^T, of w1 transposed.
+// y [16, D] += x [16, SLICE f] w1^T, of w1 transposed.
 template <typename T, int D>
 TTT_INLINE void times_first_t(float (&y)[D / 8][4], const Columns& x, const First<D>& w1_t) {
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < FK; k++) {
         uint32_t a[4];
         as_a(a, x, k);
 #pragma unroll
         for (int n = 0; n < D / 8; n++) mma<T>(y[n], a, w1_t.x[k][n][0], w1_t.x[k][n][1]);
     }
 }
-// W1^T [32 f, D] += x^T [32 f, 16] y [16, D], of x transposed: y are 16 rows of a tile.
+// W1^T [SLICE f, D] += x^T [SLICE f, 16] y [16, D], of x transposed: y are 16 rows of a tile.
 template <typename T, int D>
-TTT_INLINE void update_first(float (&w1)[2][D / 8][4], const Columns& x_t, const T* tile, int row, int lane) {
-    uint32_t a[2][4];
-    as_a_trans(a[0], x_t, 0);
-    as_a_trans(a[1], x_t, 1);
+TTT_INLINE void update_first(float (&w1)[FK][D / 8][4], const Columns& x_t, const T* tile, int row, int lane) {
+    uint32_t a[FK][4];
+#pragma unroll
+    for (int i = 0; i < FK; i++) as_a_trans(a[i], x_t, i);
 #pragma unroll
     for (int j = 0; j < D / 8; j += 2) {
         uint32_t b[4];
         load_b<D + 8>(b, tile, row, 8 * j, lane);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < FK; i++) {
             mma<T>(w1[i][j], a[i], b[0], b[1]);
             mma<T>(w1[i][j + 1], a[i], b[2], b[3]);
         }
     }
 }
-// W2^T [D, 32 f] += y^T [D, 16] x [16, 32 f], of x transposed: y are 16 rows of a tile.
+// W2^T [D, SLICE f] += y^T [D, 16] x [16, SLICE f], of x transposed: y are 16 rows of a tile.
 template <typename T, int D>
-TTT_INLINE void update_second(float (&w2)[D / 16][4][4], const Columns& x_t, const T* tile, int row, int lane) {
+TTT_INLINE void update_second(float (&w2)[D / 16][FT][4], const Columns& x_t, const T* tile, int row, int lane) {
 #pragma unroll
     for (int m = 0; m < D / 16; m++) {
         uint32_t a[4];
         load_a_trans<D + 8>(a, tile, row, 16 * m, lane);
 #pragma unroll
-        for (int n = 0; n < 4; n++) mma<T>(w2[m][n], a, x_t.x[n][0], x_t.x[n][1]);
+        for (int n = 0; n < FT; n++) mma<T>(w2[m][n], a, x_t.x[n][0], x_t.x[n][1]);
     }
 }
-// z [16, 32 f] += p [16, 16 tokens] x [16, 32 f], of x transposed.
-template <typename T> TTT_INLINE void times_columns(float (&z)[4][4], const uint32_t (&p)[4], const Columns& x_t) {
+// z [16, SLICE f] += p [16, 16 tokens] x [16, SLICE f], of x transposed.
+template <typename T> TTT_INLINE void times_columns(float (&z)[FT][4], const uint32_t (&p)[4], const Columns& x_t) {
 #pragma unroll
-    for (int n = 0; n < 4; n++) mma<T>(z[n], p, x_t.x[n][0], x_t.x[n][1]);
+    for (int n = 0; n < FT; n++) mma<T>(z[n], p, x_t.x[n][0], x_t.x[n][1]);
 }
 // y [16, D] += p [16, 16 tokens] of 16 rows of a tile.
 template <typename T, int D>
@@ -211,10 +222,10 @@ TTT_INLINE void times_rows(float (&y)[D / 8][4], const uint32_t (&p)[4], const T
         mma<T>(y[n + 1], p, b[2], b[3]);
     }
 }
-// s [16, 16] += x [16, 32 f] y^T [32 f, 16]
+// s [16, 16] += x [16, SLICE f] y^T [SLICE f, 16]
 template <typename T> TTT_INLINE void scores(float (&s)[2][4], const Columns& x, const Columns& y) {
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < FK; k++) {
         uint32_t a[4];
         as_a(a, x, k);
 #pragma unroll
@@ -277,26 +288,30 @@ template <int D> TTT_INLINE float sum_tokens(float x) {
     return x;
 }
 
-// Sums over 16 tokens, of columns: sums[n][e] is this lane's part of f = 8n + 2t + e. Gives lane (g, t) that of f =
-// 4 * (g % 2 * 4 ...): see `column_of`; each stage halves what a lane still has to sum.
-TTT_INLINE float sum_columns(const float (&part)[8], int lane) {
-    float four[4], two[2];
-    const bool b2 = lane & 16, b1 = lane & 8, b0 = lane & 4;
+// Sums over 16 tokens, of columns: part[2n + e] is this lane's part of f = 8n + 2t + e. Gives each lane the sum of one
+// column, `column_of(lane)`: each stage halves what a lane still has to sum.
+TTT_INLINE float sum_columns(const float (&part)[2 * FT], int lane) {
+    float x[2 * FT];
+    for (int i = 0; i < 2 * FT; i++) x[i] = part[i];
+    int mask = 16;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float other = shuffle_xor(b2 ? part[i] : part[i + 4], 16);
-        four[i] = (b2 ? part[i + 4] : part[i]) + other;
-    }
+    for (int half = FT; half; half /= 2, mask /= 2) {
+        const bool upper = lane & mask;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float other = shuffle_xor(b1 ? four[i] : four[i + 2], 8);
-        two[i] = (b1 ? four[i + 2] : four[i]) + other;
+        for (int i = 0; i < half; i++) {
+            const float other = shuffle_xor(upper ? x[i] : x[i + half], mask);
+            x[i] = (upper ? x[i + half] : x[i]) + other;
+        }
     }
-    float other = shuffle_xor(b0 ? two[0] : two[1], 4);
-    return (b0 ? two[1] : two[0]) + other;
+    for (; mask >= 4; mask /= 2) x[0] += shuffle_xor(x[0], mask);
+    return x[0];
 }
-// Which of the 32 columns `sum_columns` gives this lane: with g = lane / 4 the part [g], which is n = g / 2, e = g % 2.
-TTT_INLINE int column_of(int lane) { return lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2; }
+// With q = lane / (8 / FT / 2 * 4) the part [q]; with SPLIT = 2 two lanes have the same, and `owns_column` one of them.
+TTT_INLINE int column_of(int lane) {
+    const int q = lane / (32 / (2 * FT));
+    return q / 2 * 8 + lane % 4 * 2 + q % 2;
+}
+TTT_INLINE bool owns_column(int lane) { return lane / 4 % (4 / FT) == 0; }
 
 // --- LayerNorm over D, of the four d of a `Place` ---
 
@@ -366,76 +381,83 @@ template <typename T> TTT_INLINE Four load_four(const T* p) {
     return {a.x, a.y, b.x, b.y};
 }
 
-// Lane-private words of a warp in shared memory, one slot of 256 words for 8 of each lane.
+// Columns of a warp in its own slot of memory, each lane's words for itself.
+constexpr int SLOT_WORDS = 64 * FT;
 TTT_INLINE void keep(uint32_t* slot, const Columns& x, int lane) {
-    reinterpret_cast<Words*>(slot)[lane] = {x.x[0][0], x.x[0][1], x.x[1][0], x.x[1][1]};
-    reinterpret_cast<Words*>(slot)[32 + lane] = {x.x[2][0], x.x[2][1], x.x[3][0], x.x[3][1]};
+#pragma unroll
+    for (int n = 0; n < FT; n += 2)
+        reinterpret_cast<Words*>(slot)[16 * n + lane] = {x.x[n][0], x.x[n][1], x.x[n + 1][0], x.x[n + 1][1]};
 }
 TTT_INLINE Columns kept(const uint32_t* slot, int lane) {
-    Words a = reinterpret_cast<const Words*>(slot)[lane], b = reinterpret_cast<const Words*>(slot)[32 + lane];
-    return {{{a.x[0], a.x[1]}, {a.x[2], a.x[3]}, {b.x[0], b.x[1]}, {b.x[2], b.x[3]}}};
+    Columns x;
+#pragma unroll
+    for (int n = 0; n < FT; n += 2) {
+        const Words y = reinterpret_cast<const Words*>(slot)[16 * n + lane];
+        x.x[n][0] = y.x[0], x.x[n][1] = y.x[1], x.x[n + 1][0] = y.x[2], x.x[n + 1][1] = y.x[3];
+    }
+    return x;
 }
 
 // --- Fast weights in global memory ---
 
-// w1 [D, F] and w2 [F, D] of one chain, from or to the accumulators of warp `warp`.
+// w1 [D, F] and w2 [F, D] of one chain, from or to the accumulators of the warp whose columns start at `first`.
 template <int D>
 TTT_INLINE void load_weights(
-    float (&w1)[2][D / 8][4], float (&w2)[D / 16][4][4], const float* p_w1, const float* p_w2, int warp, int lane
+    float (&w1)[FK][D / 8][4], float (&w2)[D / 16][FT][4], const float* p_w1, const float* p_w2, int first, int lane
 ) {
     constexpr int F = 4 * D;
-    const int g = lane / 4, t = lane % 4, first = SLICE * warp;
+    const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         int row = g + e / 2 * 8, col = 2 * t + e % 2;
 #pragma unroll
-        for (int i = 0; i < 2; i++)
+        for (int i = 0; i < FK; i++)
 #pragma unroll
             for (int j = 0; j < D / 8; j++) w1[i][j][e] = p_w1[(8 * j + col) * F + first + 16 * i + row];
 #pragma unroll
         for (int m = 0; m < D / 16; m++)
 #pragma unroll
-            for (int n = 0; n < 4; n++) w2[m][n][e] = p_w2[(first + 8 * n + col) * D + 16 * m + row];
+            for (int n = 0; n < FT; n++) w2[m][n][e] = p_w2[(first + 8 * n + col) * D + 16 * m + row];
     }
 }
 template <int D>
 TTT_INLINE void store_weights(
-    float* p_w1, float* p_w2, const float (&w1)[2][D / 8][4], const float (&w2)[D / 16][4][4], int warp, int lane
+    float* p_w1, float* p_w2, const float (&w1)[FK][D / 8][4], const float (&w2)[D / 16][FT][4], int first, int lane
 ) {
     constexpr int F = 4 * D;
-    const int g = lane / 4, t = lane % 4, first = SLICE * warp;
+    const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         int row = g + e / 2 * 8, col = 2 * t + e % 2;
 #pragma unroll
-        for (int i = 0; i < 2; i++)
+        for (int i = 0; i < FK; i++)
 #pragma unroll
             for (int j = 0; j < D / 8; j++) p_w1[(8 * j + col) * F + first + 16 * i + row] = w1[i][j][e];
 #pragma unroll
         for (int m = 0; m < D / 16; m++)
 #pragma unroll
-            for (int n = 0; n < 4; n++) p_w2[(first + 8 * n + col) * D + 16 * m + row] = w2[m][n][e];
+            for (int n = 0; n < FT; n++) p_w2[(first + 8 * n + col) * D + 16 * m + row] = w2[m][n][e];
     }
 }
 // The accumulators as they lie, 16 bytes of each lane after another: the records of 8 D D floats that only kernels read.
 template <int D>
-TTT_INLINE void save_weights(float* record, const float (&w1)[2][D / 8][4], const float (&w2)[D / 16][4][4], int thread) {
+TTT_INLINE void save_weights(float* record, const float (&w1)[FK][D / 8][4], const float (&w2)[D / 16][FT][4], int thread) {
     Four* to = reinterpret_cast<Four*>(record) + thread;
 #pragma unroll
-    for (int k = 0; k < D / 4; k++) {
+    for (int k = 0; k < FK * D / 8; k++) {
         const float(&a)[4] = w1[k / (D / 8)][k % (D / 8)];
-        const float(&b)[4] = w2[k / 4][k % 4];
+        const float(&b)[4] = w2[k / FT][k % FT];
         to[k * Sizes<D>::THREADS] = {a[0], a[1], a[2], a[3]};
-        to[(D / 4 + k) * Sizes<D>::THREADS] = {b[0], b[1], b[2], b[3]};
+        to[(FK * D / 8 + k) * Sizes<D>::THREADS] = {b[0], b[1], b[2], b[3]};
     }
 }
 template <int D>
-TTT_INLINE void restore_weights(float (&w1)[2][D / 8][4], float (&w2)[D / 16][4][4], const float* record, int thread) {
+TTT_INLINE void restore_weights(float (&w1)[FK][D / 8][4], float (&w2)[D / 16][FT][4], const float* record, int thread) {
     const Four* from = reinterpret_cast<const Four*>(record) + thread;
 #pragma unroll
-    for (int k = 0; k < D / 4; k++) {
-        Four a = from[k * Sizes<D>::THREADS], b = from[(D / 4 + k) * Sizes<D>::THREADS];
-        for (int e = 0; e < 4; e++) w1[k / (D / 8)][k % (D / 8)][e] = a.x[e], w2[k / 4][k % 4][e] = b.x[e];
+    for (int k = 0; k < FK * D / 8; k++) {
+        Four a = from[k * Sizes<D>::THREADS], b = from[(FK * D / 8 + k) * Sizes<D>::THREADS];
+        for (int e = 0; e < 4; e++) w1[k / (D / 8)][k % (D / 8)][e] = a.x[e], w2[k / FT][k % FT][e] = b.x[e];
     }
 }
 

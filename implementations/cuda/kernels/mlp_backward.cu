@@ -28,8 +28,8 @@ struct BackwardArguments {
     const float *rstd, *rstd_bar;
     void *d_xq, *d_xk, *d_xv, *d_lr;
     float *d_w1, *d_b1, *d_w2, *d_b2;
-    float *d_token_eta, *d_ln_weight, *d_ln_bias;  // of each chain: [chain, M], [chain, D]
-    unsigned char* work;                           // [chain, work_size]
+    float *d_token_eta, *d_ln_weight, *d_ln_bias;  // parts: [block, M], [chain, D]
+    unsigned char* work;                           // [block, work_size]
     int64_t work_size, heads, mini_batches, group, aligned;
     double eps;
 };
@@ -40,7 +40,7 @@ template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     using S = Sizes<D>;
     static constexpr int CHUNKS = M / CHUNK, TILE = M * S::ROW, STAGES = CHUNKS < 4 ? 2 : 1;
     static constexpr int KEPT = CAUSAL ? 7 : 5;
-    static constexpr int ROOM = CHUNKS < 2 ? 7 : CHUNKS < 4 ? 6 : CAUSAL ? 3 : 4;
+    static constexpr int ROOM = CHUNKS < 2 ? 7 : CHUNKS < 4 ? 6 : SPLIT == 2 ? (CAUSAL ? 4 : 5) : CAUSAL ? 3 : 4;
     static constexpr int KEPT_SHARED = KEPT < ROOM ? KEPT : ROOM;  // the others in global memory
     static constexpr int SQUARES = CAUSAL ? CHUNKS * (CHUNKS + 1) / 2 : 0;
     static constexpr bool WIDE = CHUNKS < 4;                                // squares in fp32
@@ -50,92 +50,69 @@ template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     T xq[STAGES][TILE], xk[STAGES][TILE];
     T xv[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], d_out[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
     fp16 x_hat[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], x_hat_bar[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
-    uint32_t weights[S::WARPS][AHEAD ? 32 * D : 4];     // of w1 and w2, 8 x 8 blocks of this warp
-    float bend[S::WARPS][AHEAD ? 512 : 4];              // g_x2 gelu''(z1)
+    uint32_t weights[S::WARPS][AHEAD ? 32 * D / SPLIT : 4];     // of w1 and w2, 8 x 8 blocks of this warp
+    float bend[S::WARPS][AHEAD ? 128 * FT : 4];              // g_x2 gelu''(z1)
     T g_z2[TILE], d_z2_bar[TILE];
     T d_z2[TILE];  // `again`: -eta_last lr g_z2
     float partials[SUMS][S::WARPS * S::PARTIAL];
-    uint32_t kept[KEPT_SHARED][CHUNKS][S::WARPS][256];
+    // Of a cluster: what this block summed of a chunk, and what the other sent: of d_g_z2, and of d_xq and d_xk, which go
+    // to the block that writes the chunk.
+    static constexpr int HALF = (CHUNKS + 1) / 2;
+    Four mine[SPLIT == 1 ? 1 : CHUNKS + HALF][SPLIT == 1 ? 1 : S::THREADS];
+    Four sent[SPLIT == 1 ? 1 : CHUNKS + 2 * HALF][SPLIT == 1 ? 1 : S::THREADS];
+    float sent_along[SPLIT == 1 ? 4 : M], sent_lr[SPLIT == 1 ? 4 : M];
+    uint32_t kept[KEPT_SHARED][CHUNKS][S::WARPS][SLOT_WORDS];
     uint32_t attn1[SQUARES + 1][WIDE ? 256 : 128], d_scores2[SQUARES + 1][WIDE ? 256 : 128];
-    float lr[STAGES][M], rstd[STAGES][M], rstd_bar[STAGES][M], token_eta[M], b1[S::F], d_b1[S::F], b2_part[S::WARPS][D];
+    float lr[STAGES][M], rstd[STAGES][M], rstd_bar[STAGES][M], token_eta[M], b1[S::OWN], d_b1[S::OWN], b2_part[S::WARPS][D];
     float along[S::WARPS][M], along_b2[M];
     float lr_part[CAUSAL ? S::WARPS : 1][M], eta_part[CAUSAL ? S::WARPS : 1][M];
 };
 
-// What a chain has in global memory.
+// What a block has in global memory.
 template <int D, int M> struct Work {
     using S = Sizes<D>;
-    static constexpr int WEIGHTS = 16 * D * D;  // bytes of both layers, rounded
-    static constexpr int SLOT = WEIGHTS + 4 * S::F;
-    static constexpr int KEPT = M / CHUNK * S::WARPS * 1024;
-    static constexpr int D_WEIGHTS = 4 * 8 * D * D, HELD = 4 * M * D, ATTN = M / CHUNK * (M / CHUNK + 1) / 2 * S::WARPS * 512;
+    static constexpr int WEIGHTS = 16 * D * D / SPLIT;  // bytes of both layers, rounded
+    static constexpr int SLOT = WEIGHTS + 4 * S::OWN;
+    static constexpr int KEPT = M / CHUNK * S::WARPS * 4 * SLOT_WORDS;
+    static constexpr int D_WEIGHTS = 32 * D * D / SPLIT, HELD = 4 * M * D, ATTN = M / CHUNK * (M / CHUNK + 1) / 2 * S::WARPS * 512;
     static constexpr int FIXED = D_WEIGHTS + HELD + 7 * KEPT + ATTN;  // then group + 1 slots
 };
 
-// Rounded weights in global memory, 16 bytes of each lane after another.
-template <int D> TTT_INLINE void save_first(Words* to, const First<D>& w, int thread) {
-#pragma unroll
-    for (int k = 0; k < D / 8; k++)
-        to[k * Sizes<D>::THREADS + thread] = {w.x[0][k][0], w.x[0][k][1], w.x[1][k][0], w.x[1][k][1]};
-}
-template <int D> TTT_INLINE First<D> restore_first(const Words* from, int thread) {
-    First<D> w;
-#pragma unroll
-    for (int k = 0; k < D / 8; k++) {
-        Words y = from[k * Sizes<D>::THREADS + thread];
-        w.x[0][k][0] = y.x[0], w.x[0][k][1] = y.x[1], w.x[1][k][0] = y.x[2], w.x[1][k][1] = y.x[3];
-    }
-    return w;
-}
-template <int D> TTT_INLINE void save_second(Words* to, const Second<D>& w, int thread) {
-#pragma unroll
-    for (int k = 0; k < D / 8; k++) {
-        const int m = k / 2, n = k % 2 * 2;
-        to[k * Sizes<D>::THREADS + thread] = {w.x[m][n][0], w.x[m][n][1], w.x[m][n + 1][0], w.x[m][n + 1][1]};
-    }
-}
-template <int D> TTT_INLINE Second<D> restore_second(const Words* from, int thread) {
-    Second<D> w;
-#pragma unroll
-    for (int k = 0; k < D / 8; k++) {
-        const int m = k / 2, n = k % 2 * 2;
-        Words y = from[k * Sizes<D>::THREADS + thread];
-        w.x[m][n][0] = y.x[0], w.x[m][n][1] = y.x[1], w.x[m][n + 1][0] = y.x[2], w.x[m][n + 1][1] = y.x[3];
-    }
-    return w;
-}
+// Rounded weights in global memory, 16 bytes of each lane after another. Word q of `First` and `Second`:
+template <int D> TTT_INLINE uint32_t& word(First<D>& w, int q) { return w.x[q / (D / 4)][q / 2 % (D / 8)][q % 2]; }
+template <int D> TTT_INLINE uint32_t& word(Second<D>& w, int q) { return w.x[q / (2 * FT)][q / 2 % FT][q % 2]; }
 
-// The same as 8 x 8 blocks one after another, D of a warp, which ldmatrix gives as they are or transposed.
-template <int D> TTT_INLINE void save_blocks(uint32_t* to, const First<D>& w1, const Second<D>& w2, int lane) {
+template <int D, typename W> TTT_INLINE void save_words(Words* to, W w, int thread) {
 #pragma unroll
-    for (int k = 0; k < D / 2; k++) {
-        to[32 * k + lane] = w1.x[k / (D / 4)][k / 2 % (D / 8)][k % 2];
-        to[32 * (D / 2 + k) + lane] = w2.x[k / 8][k / 2 % 4][k % 2];
-    }
+    for (int k = 0; k < D / 8 / SPLIT; k++)
+        to[k * Sizes<D>::THREADS + thread] = {
+            word<D>(w, 4 * k), word<D>(w, 4 * k + 1), word<D>(w, 4 * k + 2), word<D>(w, 4 * k + 3)};
 }
-template <bool TRANSPOSED> TTT_INLINE void load_blocks(uint32_t (&r)[4], const uint32_t* blocks, int lane) {
-    if (TRANSPOSED) ldmatrix_x4_trans(r, blocks + 4 * lane);
-    else ldmatrix_x4(r, blocks + 4 * lane);
-}
-template <bool TRANSPOSED, int D> TTT_INLINE First<D> first_of_blocks(const uint32_t* blocks, int lane) {
-    First<D> w;
+template <int D, typename W> TTT_INLINE W restore_words(const Words* from, int thread) {
+    W w;
 #pragma unroll
-    for (int k = 0; k < D / 8; k++) {
-        uint32_t r[4];
-        load_blocks<TRANSPOSED>(r, blocks + 128 * k, lane);
-        const int i = k / (D / 16), j = k % (D / 16) * 2;
-        w.x[i][j][0] = r[0], w.x[i][j][1] = r[1], w.x[i][j + 1][0] = r[2], w.x[i][j + 1][1] = r[3];
+    for (int k = 0; k < D / 8 / SPLIT; k++) {
+        Words y = from[k * Sizes<D>::THREADS + thread];
+#pragma unroll
+        for (int i = 0; i < 4; i++) word<D>(w, 4 * k + i) = y.x[i];
     }
     return w;
 }
-template <bool TRANSPOSED, int D> TTT_INLINE Second<D> second_of_blocks(const uint32_t* blocks, int lane) {
-    Second<D> w;
+// The same as 8 x 8 blocks one after another, which ldmatrix gives as they are or transposed.
+template <int D> TTT_INLINE void save_blocks(uint32_t* to, First<D> w1, Second<D> w2, int lane) {
+    constexpr int BLOCKS = D / 2 / SPLIT;
 #pragma unroll
-    for (int k = 0; k < D / 8; k++) {
+    for (int q = 0; q < BLOCKS; q++) to[32 * q + lane] = word<D>(w1, q), to[32 * (BLOCKS + q) + lane] = word<D>(w2, q);
+}
+template <int D, bool TRANSPOSED, typename W> TTT_INLINE W load_blocks(const uint32_t* blocks, int lane) {
+    W w;
+#pragma unroll
+    for (int k = 0; k < D / 8 / SPLIT; k++) {
         uint32_t r[4];
-        load_blocks<TRANSPOSED>(r, blocks + 16 * D + 128 * k, lane);
-        const int m = k / 2, n = k % 2 * 2;
-        w.x[m][n][0] = r[0], w.x[m][n][1] = r[1], w.x[m][n + 1][0] = r[2], w.x[m][n + 1][1] = r[3];
+        if (TRANSPOSED) ldmatrix_x4_trans(r, blocks + 128 * k + 4 * lane);
+        else ldmatrix_x4(r, blocks + 128 * k + 4 * lane);
+#pragma unroll
+        for (int i = 0; i < 4; i++) word<D>(w, 4 * k + i) = r[i];
     }
     return w;
 }
@@ -187,20 +164,20 @@ template <int A, int B> TTT_INLINE void pin(float (&w)[A][B][4]) {
 }
 
 // z [16, 32 f] = b [f]
-TTT_INLINE void start_columns(float (&z)[4][4], const float* b, int t) {
+TTT_INLINE void start_columns(float (&z)[FT][4], const float* b, int t) {
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < FT; k++) {
         Two x = *reinterpret_cast<const Two*>(b + 8 * k + 2 * t);
         z[k][0] = z[k][2] = x.x[0], z[k][1] = z[k][3] = x.x[1];
     }
 }
-TTT_INLINE void add_columns(float (&sums)[8], const float (&z)[4][4]) {
+TTT_INLINE void add_columns(float (&sums)[2 * FT], const float (&z)[FT][4]) {
 #pragma unroll
-    for (int k = 0; k < 4; k++) sums[2 * k] += z[k][0] + z[k][2], sums[2 * k + 1] += z[k][1] + z[k][3];
+    for (int k = 0; k < FT; k++) sums[2 * k] += z[k][0] + z[k][2], sums[2 * k + 1] += z[k][1] + z[k][3];
 }
 
 template <typename T, int D, int M, bool CAUSAL>
-__global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ BackwardArguments a) {
+__global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ BackwardArguments a) {
     using S = Sizes<D>;
     using Shared = BackwardShared<T, D, M, CAUSAL>;
     using W = Work<D, M>;
@@ -209,7 +186,9 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
     TTT_SHARED(memory);
     auto& s = *reinterpret_cast<Shared*>(memory);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-    const int64_t chain = blockIdx.x, batch = chain / a.heads, head = chain % a.heads;
+    const int rank = SPLIT == 1 ? 0 : cluster_rank();
+    Shared* const other = SPLIT == 1 ? &s : cluster_map(&s, 1 - rank);
+    const int64_t chain = blockIdx.x / SPLIT, batch = chain / a.heads, head = chain % a.heads;
     const int N = int(a.mini_batches), group = int(a.group), groups = (N + group - 1) / group;
     const Place<D> at(thread);
     const T* xq = static_cast<const T*>(a.xq.p) + batch * a.xq.b + head * a.xq.h;
@@ -224,7 +203,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
     const fp16* x_hat_bar = static_cast<const fp16*>(a.x_hat_bar) + chain * N * M * D;
     const float *rstd = a.rstd + chain * N * M, *rstd_bar = a.rstd_bar + chain * N * M;
     const float eta_last = a.token_eta[M - 1];
-    unsigned char* work = a.work + chain * a.work_size;
+    unsigned char* work = a.work + blockIdx.x * a.work_size;
     float* work_d_w = reinterpret_cast<float*>(work);
     Four* held = reinterpret_cast<Four*>(work + W::D_WEIGHTS) + thread;  // d_target of this thread's places
     uint32_t* work_kept = reinterpret_cast<uint32_t*>(work + W::D_WEIGHTS + W::HELD);
@@ -236,36 +215,37 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
         gamma[i] = a.ln_weight[head * D + at.d + i], beta[i] = a.ln_bias[head * D + at.d + i];
         d_b2[i] = a.d_final_b2[chain * D + at.d + i];
     }
-    s.d_b1[thread] = a.d_final_b1[chain * F + thread];
+    if (thread < S::OWN) s.d_b1[thread] = a.d_final_b1[chain * F + rank * S::OWN + thread];
     for (int i = thread; i < M; i += S::THREADS) s.token_eta[i] = a.token_eta[i];
     if (CAUSAL)
         for (int i = thread; i < S::WARPS * M; i += S::THREADS) s.eta_part[i / M][i % M] = 0;
+    const int column = rank * S::OWN + warp * SLICE;  // this warp's first
     float *b1 = s.b1 + SLICE * warp, *d_b1 = s.d_b1 + SLICE * warp;
 
     // This warp's slot of what is kept of a chunk.
     auto slot = [&](int what, int c) -> uint32_t* {
         if (what < Shared::KEPT_SHARED) return s.kept[what][c][warp];
-        return work_kept + (what * CHUNKS + c) * S::WARPS * 256 + warp * 256;
+        return work_kept + ((what * CHUNKS + c) * S::WARPS + warp) * SLOT_WORDS;
     };
     auto weights_of = [&](int k) { return reinterpret_cast<Words*>(slots + int64_t(k) * W::SLOT); };
-    auto second_of = [&](int k) { return weights_of(k) + D / 8 * S::THREADS; };
+    auto second_of = [&](int k) { return weights_of(k) + D / 8 / SPLIT * S::THREADS; };
     auto b1_of = [&](int k) { return reinterpret_cast<float*>(slots + int64_t(k) * W::SLOT + W::WEIGHTS); };
     // A rounded state: the old weights (`First`, `Second`), as they lie or with every block transposed.
     auto first_of = [&](int k) -> First<D> {
-        if constexpr (AHEAD) return first_of_blocks<false, D>(s.weights[warp], lane);
-        else return restore_first<D>(weights_of(k), thread);
+        if constexpr (AHEAD) return load_blocks<D, false, First<D>>(s.weights[warp], lane);
+        else return restore_words<D, First<D>>(weights_of(k), thread);
     };
     auto first_t_of = [&](int k) -> First<D> {
-        if constexpr (AHEAD) return first_of_blocks<true, D>(s.weights[warp], lane);
-        else return transpose(restore_first<D>(weights_of(k), thread));
+        if constexpr (AHEAD) return load_blocks<D, true, First<D>>(s.weights[warp], lane);
+        else return transpose(restore_words<D, First<D>>(weights_of(k), thread));
     };
     auto second_r_of = [&](int k) -> Second<D> {
-        if constexpr (AHEAD) return second_of_blocks<false, D>(s.weights[warp], lane);
-        else return restore_second<D>(second_of(k), thread);
+        if constexpr (AHEAD) return load_blocks<D, false, Second<D>>(s.weights[warp] + 16 * D / SPLIT, lane);
+        else return restore_words<D, Second<D>>(second_of(k), thread);
     };
     auto second_t_of = [&](int k) -> Second<D> {
-        if constexpr (AHEAD) return second_of_blocks<true, D>(s.weights[warp], lane);
-        else return transpose(restore_second<D>(second_of(k), thread));
+        if constexpr (AHEAD) return load_blocks<D, true, Second<D>>(s.weights[warp] + 16 * D / SPLIT, lane);
+        else return transpose(restore_words<D, Second<D>>(second_of(k), thread));
     };
     float next_lr = 0, next_rstd = 0, next_rstd_bar = 0;  // of token `thread`, on their way to shared memory
     auto fetch = [&](int n, bool both) {
@@ -298,9 +278,9 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
     };
     auto fetch_weights = [&](int k) {
         if constexpr (AHEAD) {
-            const uint32_t* from = reinterpret_cast<const uint32_t*>(weights_of(k)) + warp * 32 * D;
+            const uint32_t* from = reinterpret_cast<const uint32_t*>(weights_of(k)) + warp * 32 * D / SPLIT;
 #pragma unroll
-            for (int i = 0; i < D / 4; i++) copy_async_16(s.weights[warp] + 4 * (32 * i + lane), from + 4 * (32 * i + lane));
+            for (int i = 0; i < D / 4 / SPLIT; i++) copy_async_16(s.weights[warp] + 4 * (32 * i + lane), from + 4 * (32 * i + lane));
             if (lane < SLICE / 4) copy_async_16(b1 + 4 * lane, b1_of(k) + SLICE * warp + 4 * lane);
             copy_async_commit();
         }
@@ -351,23 +331,23 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
 
         // Again: the fast weights of this group, and not causal those after it.
         {
-            const float* record = a.saved + (chain * groups + number) * S::RECORD;
-            float w1[2][D / 8][4], w2[D / 16][4][4];
+            const float* record = a.saved + ((chain * groups + number) * SPLIT + rank) * S::RECORD;
+            float w1[FK][D / 8][4], w2[D / 16][FT][4];
             restore_weights<D>(w1, w2, record, thread);
             sync();  // the shared memory of the last group is free
-            s.b1[thread] = record[8 * D * D + thread];
+            if (thread < S::OWN) s.b1[thread] = record[S::RECORD - S::OWN + thread];
             fetch(begin, false);
             for (int n = begin;; n++) {
                 fetched(n);
                 {
                     const First<D> w1_r = round_first<T, D>(w1);
                     const Second<D> w2_r = round_second<T, D>(w2), w2_t = transpose(w2_r);
-                    if (AHEAD) save_blocks<D>(reinterpret_cast<uint32_t*>(weights_of(n - begin)) + warp * 32 * D, w1_r, w2_r, lane);
+                    if (AHEAD) save_blocks<D>(reinterpret_cast<uint32_t*>(weights_of(n - begin)) + warp * 32 * D / SPLIT, w1_r, w2_r, lane);
                     else {
-                        save_first<D>(weights_of(n - begin), w1_r, thread);
-                        save_second<D>(second_of(n - begin), w2_r, thread);
+                        save_words<D>(weights_of(n - begin), w1_r, thread);
+                        save_words<D>(second_of(n - begin), w2_r, thread);
                     }
-                    b1_of(n - begin)[thread] = s.b1[thread];
+                    if (thread < S::OWN) b1_of(n - begin)[thread] = s.b1[thread];
                     if (n == end - CAUSAL) break;
                     const T* xk_tile = s.xk[n % STAGES];
                     const float* lr_n = s.lr[n % STAGES];
@@ -382,16 +362,16 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                         store_four(s.d_z2 + row * ROW + at.d, g_z2.x);
                     }
                     sync();
-                    float step_b1[8] = {};
+                    float step_b1[2 * FT] = {};
 #pragma unroll 1
                     for (int c = 0; c < CHUNKS; c++) {
-                        float z1[4][4], g_z1[4][4] = {};
+                        float z1[FT][4], g_z1[FT][4] = {};
                         start_columns(z1, b1, t);
                         times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
                         times_second_t<T, D>(g_z1, s.g_z2, CHUNK * c, w2_t, lane);
                         const float step[2] = {-eta_last * lr_n[CHUNK * c + g], -eta_last * lr_n[CHUNK * c + g + 8]};
 #pragma unroll
-                        for (int e = 0; e < 16; e++) {
+                        for (int e = 0; e < 4 * FT; e++) {
                             const Gelu y = gelu_first(z1[e / 4][e % 4]);
                             z1[e / 4][e % 4] = y.value;
                             g_z1[e / 4][e % 4] *= y.first * step[e / 2 % 2];
@@ -401,7 +381,8 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                         update_second<T, D>(w2, transpose(round_columns<T>(z1)), s.d_z2, CHUNK * c, lane);
                     }
                     sync_warp();  // every lane has read b1
-                    b1[column_of(lane)] += sum_columns(step_b1, lane);
+                    const float step = sum_columns(step_b1, lane);
+                    if (owns_column(lane)) b1[column_of(lane)] += step;
                 }
                 if (STAGES == 1 && n + 1 < end) {
                     sync();
@@ -412,22 +393,26 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
         }
 
         // Back.
-        float d_w1[2][D / 8][4], d_w2[D / 16][4][4];
+        float d_w1[FK][D / 8][4], d_w2[D / 16][FT][4];
         if (number == groups - 1)
-            load_weights<D>(d_w1, d_w2, a.d_final_w1 + chain * F * D, a.d_final_w2 + chain * F * D, warp, lane);
+            load_weights<D>(d_w1, d_w2, a.d_final_w1 + chain * F * D, a.d_final_w2 + chain * F * D, column, lane);
         else restore_weights<D>(d_w1, d_w2, work_d_w, thread);
         fetch(end - 1, true);
         fetch_weights(end - 1 - begin);
         for (int n = end - 1; n >= begin; n--) {
             const int stage = n % STAGES;
-            const float b1_n = AHEAD ? 0 : b1_of(n - begin)[thread], b1_next = CAUSAL ? 0 : b1_of(n - begin + 1)[thread];
+            // Of this warp's column `lane`.
+            const float b1_n = AHEAD || lane >= SLICE ? 0 : b1_of(n - begin)[SLICE * warp + lane];
+            const float b1_next = CAUSAL || lane >= SLICE ? 0 : b1_of(n - begin + 1)[SLICE * warp + lane];
             fetched(n);
             if (STAGES == 2 && n > begin) fetch(n - 1, true);
             const T *xq_tile = s.xq[stage], *xk_tile = s.xk[stage];
             const float* lr_n = s.lr[stage];
-            if (!AHEAD) s.b1[thread] = CAUSAL ? b1_n : b1_next;
+            if (!AHEAD && lane < SLICE) b1[lane] = CAUSAL ? b1_n : b1_next;
             if (CAUSAL)
                 for (int i = lane; i < M; i += 32) s.lr_part[warp][i] = 0;
+
+            const float scale = -eta_last;
 
             // Norms: d_z2_bar, and g_z2 again.
             float step_b2[4] = {};
@@ -461,7 +446,52 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
             if (!CAUSAL) share_b2();
             sync();
             if (!CAUSAL) add_b2();
-            const float scale = -eta_last;
+            // The inner gradient's second order, as in implementations/torch/blocks.py: d_z2, d_xv, and d_target for d_xk.
+            auto second_order = [&](Four d_g, int c) {
+                const int row = CHUNK * c + at.token;
+                const int64_t token = int64_t(n) * M + row;
+                const Norm norm = norm_of(n, row);
+                const Four error = inner_error(norm, n, row), p = times_gamma(error);
+                const Four g_z2 = project<D>(p, norm);
+                float along_p = 0, along_b2 = 0, along_d_g = 0, through_rstd = 0;
+                for (int i = 0; i < 4; i++) {
+                    d_g.x[i] += scale * lr_n[row] * d_b2[i];
+                    along_p += p.x[i] * norm.x_hat[i], along_b2 += g_z2.x[i] * d_b2[i];
+                    along_d_g += d_g.x[i] * norm.x_hat[i], through_rstd += d_g.x[i] * g_z2.x[i];
+                }
+                along_p = sum_token<D>(along_p) * (1.0f / D), along_b2 = sum_token<D>(along_b2);
+                along_d_g = sum_token<D>(along_d_g) * (1.0f / D), through_rstd = sum_token<D>(through_rstd) * (1.0f / D);
+                if (at.d == 0) s.along_b2[row] = along_b2;
+                const Four d_p = project<D>(d_g, norm), d_error = times_gamma(d_p);
+                Four d_x_hat = times_gamma(d_error);
+                for (int i = 0; i < 4; i++) {
+                    d_x_hat.x[i] -= norm.rstd * (along_p * d_g.x[i] + along_d_g * p.x[i]);
+                    d_gamma[i] += d_p.x[i] * error.x[i] + d_error.x[i] * norm.x_hat[i], d_beta[i] += d_error.x[i];
+                }
+                Four d_z2 = project<D>(d_x_hat, norm), d_target;
+                for (int i = 0; i < 4; i++) {
+                    d_z2.x[i] -= norm.rstd * norm.x_hat[i] * through_rstd, step_b2[i] += d_z2.x[i];
+                    d_target.x[i] = -d_error.x[i];
+                }
+                store_four(s.d_z2 + row * ROW + at.d, d_z2.x);
+                if (c % SPLIT == rank) store_four(d_xv + token * own_stride + at.d, d_target.x);
+                held[c * S::THREADS] = d_target;
+            };
+            // Of a cluster: the sum of both blocks.
+            auto both = [&](int own, int sent) {
+                const Four x = s.mine[own][thread], y = s.sent[sent][thread];
+                return Four{x.x[0] + y.x[0], x.x[1] + y.x[1], x.x[2] + y.x[2], x.x[3] + y.x[3]};
+            };
+            auto write_d_xq = [&](Four sum, int c) {
+                const Four d_y = d_out_of(n, CHUNK * c + at.token);
+                for (int i = 0; i < 4; i++) sum.x[i] += d_y.x[i];
+                store_four(d_xq + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
+            };
+            auto write_d_xk = [&](Four sum, int c) {
+                const Four d_target = held[c * S::THREADS];
+                for (int i = 0; i < 4; i++) sum.x[i] -= d_target.x[i];
+                store_four(d_xk + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
+            };
             auto eta_of = [&](int i, int j, int e) {  // of token rows in chunk i, columns in chunk j; 0 above the diagonal
                 const int row = CHUNK * i + g + e / 2 % 2 * 8, col = CHUNK * j + e / 4 * 8 + 2 * t + e % 2;
                 return row >= col ? s.token_eta[row] * lr_n[col] : 0.0f;
@@ -507,20 +537,20 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
             }
 
             // Read: the read-out's own cotangents; not causal they are part of d_w already where the update is pulled back.
-            float read_b1[8] = {};
+            float read_b1[2 * FT] = {};
             if (CAUSAL) {
                 const First<D> w1_r = first_of(n - begin);
                 const Second<D> w2_t = second_t_of(n - begin);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
-                    float z1[4][4], g_z1[4][4] = {};
+                    float z1[FT][4], g_z1[FT][4] = {};
                     start_columns(z1, b1, t);
                     times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
                     times_second_t<T, D>(g_z1, s.g_z2, CHUNK * c, w2_t, lane);
                     if constexpr (AHEAD) {
-                        float slope[4][4];
+                        float slope[FT][4];
 #pragma unroll
-                        for (int k = 0; k < 4; k++) {
+                        for (int k = 0; k < FT; k++) {
                             Four bend;
 #pragma unroll
                             for (int i = 0; i < 4; i++) {
@@ -533,7 +563,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                         keep(slot(SLOPE, c), round_columns<fp16>(slope), lane);
                     } else {
 #pragma unroll
-                        for (int e = 0; e < 16; e++) {
+                        for (int e = 0; e < 4 * FT; e++) {
                             const Gelu y = gelu_first(z1[e / 4][e % 4]);
                             z1[e / 4][e % 4] = y.value, g_z1[e / 4][e % 4] *= y.first;
                         }
@@ -548,7 +578,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                 const Second<D> w2_t = second_t_of(now);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
-                    float z1_bar[4][4], d_z1_bar[4][4] = {};
+                    float z1_bar[FT][4], d_z1_bar[FT][4] = {};
                     start_columns(z1_bar, b1, t);
                     times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
                     times_second_t<T, D>(d_z1_bar, s.d_z2_bar, CHUNK * c, w2_t, lane);
@@ -571,7 +601,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                         }
                     }
 #pragma unroll
-                    for (int e = 0; e < 16; e++) {
+                    for (int e = 0; e < 4 * FT; e++) {
                         const Gelu y = gelu_first(z1_bar[e / 4][e % 4]);
                         z1_bar[e / 4][e % 4] = y.value, d_z1_bar[e / 4][e % 4] *= y.first;
                     }
@@ -606,16 +636,16 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                         update_first<T, D>(d_w1, d_z1_bar_t, xq_tile, CHUNK * c, lane);
                         update_second<T, D>(d_w2, x2_bar_t, s.d_z2_bar, CHUNK * c, lane);
                     }
-                    Four sum = sum_warps(part);
-                    const int64_t token = int64_t(n) * M + CHUNK * c + at.token;
-                    const Four d_y = d_out_of(n, CHUNK * c + at.token);
-                    for (int i = 0; i < 4; i++) sum.x[i] += d_y.x[i];
-                    store_four(d_xq + token * own_stride + at.d, sum.x);
+                    const Four sum = sum_warps(part);
+                    if (SPLIT == 1) write_d_xq(sum, c);
+                    else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = sum;
+                    else other->sent[CHUNKS + c / 2][thread] = sum;
                 }
             }
             if (!CAUSAL) {
-                d_b1[column_of(lane)] += sum_columns(read_b1, lane);
-                s.b1[thread] = b1_n;  // of this warp's own columns
+                const float step = sum_columns(read_b1, lane);
+                if (owns_column(lane)) d_b1[column_of(lane)] += step;
+                if (lane < SLICE) b1[lane] = b1_n;
                 sync_warp();
             }
 
@@ -627,7 +657,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                 for (int c = 0; c < CHUNKS; c++) {
                     if (CHUNKS > 1) pin(d_w1), pin(d_w2);
                     const float step[2] = {scale * lr_n[CHUNK * c + g], scale * lr_n[CHUNK * c + g + 8]};
-                    float slope[4][4], bend[4][4], pulled1[4][4], pulled_x2[4][4] = {}, along[2] = {};
+                    float slope[FT][4], bend[FT][4], pulled1[FT][4], pulled_x2[FT][4] = {}, along[2] = {};
                     start_columns(pulled1, d_b1, t);
                     times_first<T, D>(pulled1, xk_tile, CHUNK * c, round_first<T, D>(d_w1), lane);
                     const Second<D> d_w2_r = round_second<T, D>(d_w2);
@@ -637,7 +667,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                         x2_r = kept(slot(X2, c), lane);
                         const Columns slope_r = kept(slot(SLOPE, c), lane), g_z1_r = kept(slot(G_Z1, c), lane);
 #pragma unroll
-                        for (int k = 0; k < 4; k++) {
+                        for (int k = 0; k < FT; k++) {
                             const Four y = reinterpret_cast<const Four*>(s.bend[warp])[32 * k + lane];
 #pragma unroll
                             for (int h = 0; h < 2; h++) {
@@ -650,12 +680,12 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                             }
                         }
                     } else {
-                        float z1[4][4], g_x2[4][4] = {};
+                        float z1[FT][4], g_x2[FT][4] = {};
                         start_columns(z1, b1, t);
                         times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
                         times_second_t<T, D>(g_x2, s.g_z2, CHUNK * c, w2_t, lane);
 #pragma unroll
-                        for (int e = 0; e < 16; e++) {
+                        for (int e = 0; e < 4 * FT; e++) {
                             const int k = e / 4, i = e % 4, h = e / 2 % 2;
                             const GeluSecond y = gelu_second(z1[k][i]);
                             z1[k][i] = y.value, slope[k][i] = y.first, bend[k][i] = g_x2[k][i] * y.second;
@@ -668,7 +698,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                         keep(slot(SLOPE, c), round_columns<fp16>(slope), lane);
                     }
 #pragma unroll
-                    for (int e = 0; e < 16; e++)  // now d_g_z1 and d_x2
+                    for (int e = 0; e < 4 * FT; e++)  // now d_g_z1 and d_x2
                         pulled1[e / 4][e % 4] *= step[e / 2 % 2], pulled_x2[e / 4][e % 4] *= step[e / 2 % 2];
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
@@ -691,7 +721,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                             scores<T>(attn2, transpose(x2_bar_t), x2_r);
 #pragma unroll
                             for (int e = 0; e < 8; e++) {
-                                const float eta = eta_of(i, c, e), attn = attn2[e / 4][e % 4] + (warp == 0 ? 1.0f : 0.0f);
+                                const float eta = eta_of(i, c, e), attn = attn2[e / 4][e % 4] + (warp + rank == 0 ? 1.0f : 0.0f);
                                 d_eta.x[e] = d_scores2.x[e] * attn;  // d_scores2 is 0 above the diagonal
                                 attn1.x[e] *= -eta, d_scores2.x[e] *= eta, read2.x[e] = -eta * attn;
                             }
@@ -709,7 +739,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                         }
                     }
 #pragma unroll
-                    for (int e = 0; e < 16; e++) {
+                    for (int e = 0; e < 4 * FT; e++) {
                         const int k = e / 4, i = e % 4;
                         bend[k][i] = pulled1[k][i] * bend[k][i] + pulled_x2[k][i] * slope[k][i];  // of d_z1, without d_z2
                         pulled1[k][i] *= slope[k][i];                                             // d_g_x2
@@ -718,54 +748,43 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                     const Columns d_g_x2 = round_columns<T>(pulled1);
                     keep(slot(G_X2, c), d_g_x2, lane);
                     times_second<T, D>(part, d_g_x2, second_r_of(n - begin));
-                    Four d_g = sum_warps(part, true);
-
-                    // The second order, as in implementations/torch/blocks.py
-                    const int row = CHUNK * c + at.token;
-                    const int64_t token = int64_t(n) * M + row;
-                    const Norm norm = norm_of(n, row);
-                    const Four error = inner_error(norm, n, row), p = times_gamma(error);
-                    const Four g_z2 = project<D>(p, norm);
-                    float along_p = 0, along_b2 = 0, along_d_g = 0, through_rstd = 0;
-                    for (int i = 0; i < 4; i++) {
-                        d_g.x[i] += scale * lr_n[row] * d_b2[i];
-                        along_p += p.x[i] * norm.x_hat[i], along_b2 += g_z2.x[i] * d_b2[i];
-                        along_d_g += d_g.x[i] * norm.x_hat[i], through_rstd += d_g.x[i] * g_z2.x[i];
-                    }
-                    along_p = sum_token<D>(along_p) * (1.0f / D), along_b2 = sum_token<D>(along_b2);
-                    along_d_g = sum_token<D>(along_d_g) * (1.0f / D), through_rstd = sum_token<D>(through_rstd) * (1.0f / D);
-                    if (at.d == 0) s.along_b2[row] = along_b2;
-                    const Four d_p = project<D>(d_g, norm), d_error = times_gamma(d_p);
-                    Four d_x_hat = times_gamma(d_error);
-                    for (int i = 0; i < 4; i++) {
-                        d_x_hat.x[i] -= norm.rstd * (along_p * d_g.x[i] + along_d_g * p.x[i]);
-                        d_gamma[i] += d_p.x[i] * error.x[i] + d_error.x[i] * norm.x_hat[i], d_beta[i] += d_error.x[i];
-                    }
-                    Four d_z2 = project<D>(d_x_hat, norm), d_target;
-                    for (int i = 0; i < 4; i++) {
-                        d_z2.x[i] -= norm.rstd * norm.x_hat[i] * through_rstd, step_b2[i] += d_z2.x[i];
-                        d_target.x[i] = -d_error.x[i];
-                    }
-                    store_four(s.d_z2 + row * ROW + at.d, d_z2.x);
-                    store_four(d_xv + token * own_stride + at.d, d_target.x);
-                    held[c * S::THREADS] = d_target;
+                    const Four d_g = sum_warps(part, true);
+                    if (SPLIT == 1) second_order(d_g, c);
+                    else s.mine[c][thread] = d_g, other->sent[c][thread] = d_g;
                 }
+            }
+            float along = 0, d_lr_read = 0;  // of token `thread`
+            auto sum_along = [&]() {
+                if (thread >= M) return;
+                for (int w = 0; w < S::WARPS; w++) {
+                    along += s.along[w][thread];
+                    if (CAUSAL) d_lr_read += s.lr_part[w][thread];
+                }
+            };
+            if (SPLIT == 2) {
+                sync();
+                sum_along();
+                if (rank == 1 && thread < M) other->sent_along[thread] = along, other->sent_lr[thread] = d_lr_read;
+                cluster_sync();
+#pragma unroll 1
+                for (int c = 0; c < CHUNKS; c++) {
+                    second_order(both(c, c), c);
+                    if (c % 2 == rank) write_d_xq(both(CHUNKS + c / 2, CHUNKS + c / 2), c);
+                }
+                if (rank == 0 && thread < M) along += s.sent_along[thread], d_lr_read += s.sent_lr[thread];
             }
             share_b2();
             sync();
             add_b2();
-            for (int i = thread; i < M; i += S::THREADS) {
-                float along = s.along_b2[i], sum = 0;
-                for (int w = 0; w < S::WARPS; w++) {
-                    along += s.along[w][i];
-                    if (CAUSAL) sum += s.lr_part[w][i];
-                }
-                d_eta_last -= lr_n[i] * along;
-                d_lr[(int64_t(n) * M + i) * a.heads] = from_float<T>(sum - eta_last * along);
+            if (SPLIT == 1) sum_along();
+            if (rank == 0 && thread < M) {
+                along += s.along_b2[thread];
+                d_eta_last -= lr_n[thread] * along;
+                d_lr[(int64_t(n) * M + thread) * a.heads] = from_float<T>(d_lr_read - eta_last * along);
             }
 
             // First: d_z1 and d_xk.
-            float step_b1[8] = {};
+            float step_b1[2 * FT] = {};
             {
                 const First<D> w1_t = first_t_of(n - begin);
                 const Second<D> w2_t = second_t_of(n - begin);
@@ -773,7 +792,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                 for (int c = 0; c < CHUNKS; c++) {
                     if (CHUNKS > 1) pin(d_w1);
                     const float step[2] = {scale * lr_n[CHUNK * c + g], scale * lr_n[CHUNK * c + g + 8]};
-                    float part[D / 8][4] = {}, d_z1[4][4] = {};
+                    float part[D / 8][4] = {}, d_z1[FT][4] = {};
                     times_first_t<T, D>(part, kept(slot(G_Z1, c), lane), transpose(round_first<T, D>(d_w1)));
 #pragma unroll
                     for (int k = 0; k < D / 8; k++)
@@ -781,7 +800,7 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                     times_second_t<T, D>(d_z1, s.d_z2, CHUNK * c, w2_t, lane);
                     const Columns slope = kept(slot(SLOPE, c), lane), known = kept(slot(Z1, c), lane);
 #pragma unroll
-                    for (int k = 0; k < 4; k++)
+                    for (int k = 0; k < FT; k++)
                         for (int h = 0; h < 2; h++) {
                             const float2 y = unpack<fp16>(slope.x[k][h]), u = unpack<T>(known.x[k][h]);
                             d_z1[k][2 * h] = d_z1[k][2 * h] * y.x + u.x, d_z1[k][2 * h + 1] = d_z1[k][2 * h + 1] * y.y + u.y;
@@ -799,10 +818,10 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                             times_rows<T, D>(part, p.x, xq_tile, CHUNK * i, lane);
                         }
                     }
-                    Four sum = sum_warps(part);
-                    const Four d_target = held[c * S::THREADS];
-                    for (int i = 0; i < 4; i++) sum.x[i] -= d_target.x[i];
-                    store_four(d_xk + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
+                    const Four sum = sum_warps(part);
+                    if (SPLIT == 1) write_d_xk(sum, c);
+                    else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = sum;
+                    else other->sent[CHUNKS + Shared::HALF + c / 2][thread] = sum;
                 }
             }
 
@@ -819,20 +838,22 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
                 }
             }
             if (CAUSAL)
-                for (int i = 0; i < 8; i++) step_b1[i] += read_b1[i];
-            d_b1[column_of(lane)] += sum_columns(step_b1, lane);
-            if (STAGES == 1 && n > begin) {
-                sync();
-                fetch(n - 1, true);
-            }
+                for (int i = 0; i < 2 * FT; i++) step_b1[i] += read_b1[i];
+            const float step = sum_columns(step_b1, lane);
+            if (owns_column(lane)) d_b1[column_of(lane)] += step;
+            if (SPLIT == 2) {
+                cluster_sync();
+                for (int c = rank; c < CHUNKS; c += 2) write_d_xk(both(CHUNKS + c / 2, CHUNKS + Shared::HALF + c / 2), c);
+            } else if (STAGES == 1) sync();
+            if (STAGES == 1 && n > begin) fetch(n - 1, true);
         }
         if (number > 0) save_weights<D>(work_d_w, d_w1, d_w2, thread);
-        else store_weights<D>(a.d_w1 + chain * F * D, a.d_w2 + chain * F * D, d_w1, d_w2, warp, lane);
+        else store_weights<D>(a.d_w1 + chain * F * D, a.d_w2 + chain * F * D, d_w1, d_w2, column, lane);
     }
 
     // What is left: the first state's biases, and this chain's part of what is summed over the batch and time.
     sync();
-    a.d_b1[chain * F + thread] = s.d_b1[thread];
+    if (thread < S::OWN) a.d_b1[chain * F + rank * S::OWN + thread] = s.d_b1[thread];
     float* last = s.partials[0];
     if (thread < M) last[thread] = d_eta_last;
 #pragma unroll
@@ -840,18 +861,18 @@ __global__ void __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __gri
     if (lane < S::LANES)
         for (int i = 0; i < 4; i++) {
             last[M + warp * 2 * D + at.d + i] = d_gamma[i], last[M + warp * 2 * D + D + at.d + i] = d_beta[i];
-            if (warp == 0) a.d_b2[chain * D + at.d + i] = d_b2[i];
+            if (warp + rank == 0) a.d_b2[chain * D + at.d + i] = d_b2[i];
         }
     sync();
     for (int i = thread; i < M; i += S::THREADS) {
         float sum = 0;
         if (CAUSAL)
             for (int w = 0; w < S::WARPS; w++) sum += s.eta_part[w][i];
-        if (i == M - 1)
+        if (i == M - 1 && rank == 0)
             for (int k = 0; k < M; k++) sum += last[k];
-        a.d_token_eta[chain * M + i] = sum;
+        a.d_token_eta[blockIdx.x * M + i] = sum;
     }
-    for (int i = thread; i < 2 * D; i += S::THREADS) {
+    for (int i = thread; i < 2 * D && rank == 0; i += S::THREADS) {
         float sum = 0;
         for (int w = 0; w < S::WARPS; w++) sum += last[M + w * 2 * D + i];
         (i < D ? a.d_ln_weight : a.d_ln_bias)[chain * D + i % D] = sum;
