@@ -40,7 +40,8 @@ def check(
     """Refuse what a kernel cannot take, before anything is allocated; `reason` is why it cannot solve `problem`.
 
     Raises:
-        ValueError: there is a reason, a tensor is not as `check_layout` wants it, or is where no kernel runs.
+        ValueError: there is a reason, or a tensor is not as `check_layout` wants it.
+        NotImplementedError: they are where no kernel runs, with what is missing there.
     """
     if reason:
         raise ValueError(reason)
@@ -48,7 +49,7 @@ def check(
     device = tensors[0].device
     missing = {"cpu": emulator.missing, "cuda": module.fault}.get(device.type, lambda: "it is neither a CPU nor CUDA")()
     if missing:
-        raise ValueError(f"{tensors._fields[0]}: no kernel runs on {device}: {missing}")  # type: ignore[attr-defined]
+        raise NotImplementedError(f"no kernel runs on {device}: {missing}")
 
 
 def contiguous_like(x: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ def launch(
     """Run `grid` blocks of `kernel` with the named tuple `arguments` (or tuples in it): tensors, int, bool, float.
 
     Raises:
-        CudaError: CuPy, the driver, NVRTC or the card cannot; see `refusal` for what is known before.
+        NotImplementedError: this device cannot run it, see `refusal`.
+        CudaError: it was not compiled, loaded or launched.
         implementations.cuda.emulator.EmulatorError: on a CPU, where the kernel does something wrong.
     """
     values = pack(arguments)
@@ -41,6 +42,8 @@ def launch(
         return
     try:
         _launch_on_gpu(kernel, grid, values, device)
+    except NotImplementedError:  # what `refusal` says
+        raise
     except Exception as error:  # of CuPy, its NVRTC, the driver: each has its own
         where = f" of {problem}" if problem else ""
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -106,7 +109,7 @@ def _launch_on_gpu(kernel: CudaKernel, grid: int, values: bytes, device: torch.d
     with cupy.cuda.Device(index):
         function = _function(kernel, index)
         with cupy.cuda.ExternalStream(torch.cuda.current_stream(index).cuda_stream, index):
-            by_value = numpy.frombuffer(values, numpy.uint8)
+            by_value = numpy.frombuffer(values, numpy.dtype((numpy.void, len(values))))  # one item: CuPy passes no more
             function((grid,), (kernel.threads,), (by_value,), shared_mem=kernel.dynamic_shared_bytes)
 
 
@@ -116,7 +119,7 @@ def _function(kernel: CudaKernel, device: int) -> Any:
     import cupy
 
     if reason := refusal(kernel, torch.device("cuda", device)):
-        raise CudaError(reason)
+        raise NotImplementedError(reason)
     headers = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(kernel.source.parent.glob("*.cuh"))))
     options = (
         f"-DTTT_HEADERS=0x{headers.hexdigest()[:8]}",

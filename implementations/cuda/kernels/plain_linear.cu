@@ -210,10 +210,13 @@ __global__ void __launch_bounds__(THREADS, 1) linear_backward(const __grid_const
             });
             sync();
             for (int j = threadIdx.x; j < D; j += THREADS) {
+                float sum_gamma = 0, sum_beta = 0;
                 for (int i = 0; i < M; i++) {
-                    d_gamma += d_out(i, j) * x_hat_bar(i, j);
-                    d_beta += d_out(i, j);
+                    sum_gamma += d_out(i, j) * x_hat_bar(i, j);
+                    sum_beta += d_out(i, j);
                 }
+                d_gamma += sum_gamma;
+                d_beta += sum_beta;
                 d_first.b[j] = d_b[j] + sum_and_round<T, M>(d_z_bar, j);
             }
             sync();
@@ -261,10 +264,13 @@ __global__ void __launch_bounds__(THREADS, 1) linear_backward(const __grid_const
             });
             sync();
             for (int j = threadIdx.x; j < D; j += THREADS) {
+                float sum_gamma = 0, sum_beta = 0;
                 for (int i = 0; i < M; i++) {
-                    d_gamma += pulled(i, j);
-                    d_beta -= s.target(i, j);
+                    sum_gamma += pulled(i, j);
+                    sum_beta -= s.target(i, j);
                 }
+                d_gamma += sum_gamma;
+                d_beta += sum_beta;
                 d_first.b[j] += sum_and_round<T, M>(d_z, j);
             }
             sync();

@@ -300,10 +300,13 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
             });
             sync();
             for (int j = threadIdx.x; j < D; j += THREADS) {
+                float sum_gamma = 0, sum_beta = 0;
                 for (int i = 0; i < M; i++) {
-                    d_gamma += d_out(i, j) * x_hat_bar(i, j);
-                    d_beta += d_out(i, j);
+                    sum_gamma += d_out(i, j) * x_hat_bar(i, j);
+                    sum_beta += d_out(i, j);
                 }
+                d_gamma += sum_gamma;
+                d_beta += sum_beta;
                 d_first.b2[j] = d_b2[j] + sum_and_round<T, M>(d_z2_bar, j);
             }
             sync();
@@ -399,10 +402,13 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
             });
             sync();
             for (int j = threadIdx.x; j < D; j += THREADS) {
+                float sum_gamma = 0, sum_beta = 0;
                 for (int i = 0; i < M; i++) {
-                    d_gamma += pulled2(i, j);
-                    d_beta -= s.target(i, j);
+                    sum_gamma += pulled2(i, j);
+                    sum_beta -= s.target(i, j);
                 }
+                d_gamma += sum_gamma;
+                d_beta += sum_beta;
                 d_first.b2[j] += sum_and_round<T, M>(d_h2, j);
             }
             sync();
