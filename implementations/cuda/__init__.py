@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
+from implementations.cuda.linear_split_limits import limit as linear_split_limit
 from implementations.cuda.plain_limits import limit as plain_limit
 from implementations.registry import Implementation
 from spec.cost import flops
@@ -81,5 +82,11 @@ ENTRIES = (
         {inner: f"implementations.cuda.cupy_plain_{inner}" for inner in ("linear", "mlp")},
         plain_limit,
         "implementations.cuda.cupy_plain_kernels",
+    ),
+    _cupy(
+        "cuda.cupy_linear_split",
+        {"linear": "implementations.cuda.cupy_linear_split"},
+        linear_split_limit,
+        "implementations.cuda.cupy_linear_split",
     ),
 )

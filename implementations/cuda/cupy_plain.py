@@ -79,6 +79,8 @@ class Page:
         """Outputs, and the residuals with every `group`-th state."""
         check(inputs, INPUTS, problem, limit(problem))
         group = default_group(problem) if group is None else group
+        if group < 1:
+            raise ValueError(f"group: expected at least 1 mini-batch, got {group}")
         outputs = OUTPUTS[self.inner_model](*map(contiguous_like, (inputs.xq, *inputs[7:])))
         kept = _states(inputs, problem, -(-problem.mini_batches // group))
         arguments = self._shared(inputs, problem, group, False), inputs[7:], kept, outputs[1:], outputs.out

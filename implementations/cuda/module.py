@@ -103,14 +103,19 @@ def _least(architectures: tuple[str, ...]) -> int:
 
 def _launch_on_gpu(kernel: CudaKernel, grid: int, values: bytes, device: torch.device) -> None:
     import cupy
-    import numpy
 
     index = torch.cuda.current_device() if device.index is None else device.index
     with cupy.cuda.Device(index):
         function = _function(kernel, index)
         with cupy.cuda.ExternalStream(torch.cuda.current_stream(index).cuda_stream, index):
-            by_value = numpy.frombuffer(values, numpy.dtype((numpy.void, len(values))))  # one item: CuPy passes no more
-            function((grid,), (kernel.threads,), (by_value,), shared_mem=kernel.dynamic_shared_bytes)
+            function((grid,), (kernel.threads,), (by_value(values),), shared_mem=kernel.dynamic_shared_bytes)
+
+
+def by_value(struct_bytes: bytes) -> Any:
+    """A struct as CuPy passes one: a NumPy array of one item."""
+    import numpy
+
+    return numpy.frombuffer(struct_bytes, numpy.dtype((numpy.void, len(struct_bytes))))
 
 
 @functools.cache
