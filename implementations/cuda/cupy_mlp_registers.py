@@ -14,23 +14,14 @@ import torch
 from torch import Tensor
 
 from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, view
+from implementations.cuda.mlp_registers_limits import limit
 from implementations.cuda.module import launch
 from implementations.kernels import ARCHITECTURES, CudaKernel
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs
 
-_KERNELS = Path(__file__).with_name("kernels")
-HEAD_DIMS, MINI_BATCHES = (16, 32, 64), (16, 32, 64)
-GROUP = 8  # mini-batches between two saved states
-
-
-def supports(problem: Problem) -> str | None:
-    """Why not, or None."""
-    if problem.dtype not in ("bf16", "fp16"):
-        return "the products are those of tensor cores, in bf16 or fp16"
-    if problem.head_dim not in HEAD_DIMS or problem.mini_batch not in MINI_BATCHES:
-        return f"a state in registers takes D of {HEAD_DIMS} and M of {MINI_BATCHES}"
-    return None
+KERNELS = Path(__file__).with_name("kernels")
+GROUP = 16  # mini-batches between two saved states
 
 
 class ForwardArguments(NamedTuple):
@@ -125,7 +116,7 @@ def forward(
     Raises:
         ValueError: a tensor has another shape, dtype, device or layout than the kernel takes.
     """
-    check(inputs, INPUTS, problem, supports(problem))
+    check(inputs, INPUTS, problem, limit(problem))
     split = split or default_split(problem, inputs.xq.device)
     chains, like = problem.batch * problem.heads, inputs.w1
     groups = -(-problem.mini_batches // group)
@@ -148,11 +139,13 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
         ValueError: a cotangent has another shape, dtype, device or layout than the kernel takes.
     """
     inputs, *kept, group, split = residuals
-    check(cotangents, OUTPUTS, problem, supports(problem), inputs.xq)
+    check(cotangents, OUTPUTS, problem, limit(problem), inputs.xq)
     b, h, d, m = problem.batch, problem.heads, problem.head_dim, problem.mini_batch
     like, size = inputs.w1, work_bytes(problem, group, split)
     d_tokens, d_state = list(map(contiguous_like, inputs[:4])), list(map(contiguous_like, inputs[7:]))
-    d_token_eta, d_ln_weight, d_ln_bias = (like.new_empty(shape) for shape in ((b * h * split, m), (b, h, d), (b, h, d)))
+    d_token_eta, d_ln_weight, d_ln_bias = (
+        like.new_empty(shape) for shape in ((b * h * split, m), (b, h, d), (b, h, d))
+    )
     work = like.new_empty(b * h * split, size, dtype=torch.uint8)
     arguments = BackwardArguments(
         *map(view, inputs[:4]), *inputs[4:7], view(cotangents.out), *cotangents[1:], *kept,
@@ -178,12 +171,17 @@ def aligned(x: Tensor) -> bool:
 
 
 def work_bytes(problem: Problem, group: int, split: int) -> int:
-    """What a block of the backward has in global memory: `Work` in `mlp_backward.cu`, and `group + 1` rounded states."""
+    """Global memory of a block in the backward: `Work` in `mlp_backward.cu`, and `group + 1` rounded states."""
     d, m = problem.head_dim, problem.mini_batch
     chunks, warps = m // 16, d // 8
     fixed = 32 * d * d // split + 4 * m * d
     fixed += 7 * chunks * warps * 1024 // split + chunks * (chunks + 1) // 2 * warps * 512
     return fixed + (group + 1) * (16 * d * d + 16 * d) // split
+
+
+def kernels(problem: Problem) -> tuple[CudaKernel, CudaKernel]:
+    """What both passes launch where one block has a chain."""
+    return forward_kernel(problem), backward_kernel(problem)
 
 
 def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
@@ -224,14 +222,14 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
     return _kernel(problem, "mlp_backward", shared, split)
 
 
-# Bytes a thread that spill with one block a chain, on the worst of the architectures: the state is half of the registers.
+# Bytes a thread that spill on the worst of the architectures, with one block a chain: half of its registers are state.
 _SPILLS = {"mlp_forward": 400, "mlp_backward": 2400}
 
 
 def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
     d, m, causal = problem.head_dim, problem.mini_batch, str(problem.causal).lower()
     return CudaKernel(
-        source=_KERNELS / f"{name}.cu",
+        source=KERNELS / f"{name}.cu",
         expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {d}, {m}, {causal}>",
         inner_model="mlp",
         threads=4 * d,
