@@ -188,6 +188,10 @@ def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
     """The instance that solves `problem`."""
     d, m = problem.head_dim, problem.mini_batch
     row, chunks, warps = d + 8, m // 16, d // 8
+    if chunks == 1:  # `ShortShared` in `mlp_forward_short.cu`
+        shared = 11 * m * row * 2 + 2 * warps * 16 * row * 4 + (4 * 4 * d * 16 if split == 2 else 2 * 16)
+        shared += 4 * (4 * m + 4 * d // split + 2 * warps * d)
+        return _kernel(problem, "mlp_forward_short", shared, split)
     squares = chunks * (chunks + 1) // 2 if problem.causal else 0
     sums = 1 if split == 2 and chunks == 4 else 2
     exchanged = chunks + (chunks + 1) // 2
@@ -223,7 +227,7 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
 
 
 # Bytes a thread that spill on the worst of the architectures, with one block a chain: half of its registers are state.
-_SPILLS = {"mlp_forward": 400, "mlp_backward": 2400}
+_SPILLS = {"mlp_forward": 400, "mlp_forward_short": 200, "mlp_backward": 2400}
 
 
 def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:

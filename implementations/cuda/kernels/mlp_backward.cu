@@ -326,6 +326,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
         return Four{x.x[0] * gamma[0], x.x[1] * gamma[1], x.x[2] * gamma[2], x.x[3] * gamma[3]};
     };
 
+    if (SPLIT == 2) cluster_sync();  // both blocks have started
     for (int number = groups - 1; number >= 0; number--) {
         const int begin = number * group, end = begin + group < N ? begin + group : N;
 

@@ -12,21 +12,9 @@
 //
 // Bytes: the inputs and out once; for the backward the fast weights of every `group`-th mini-batch in fp32 (8 D D + 4 D
 // floats in group M tokens), and x_hat (fp16) and rstd of both LayerNorms, 4 D + 8 bytes a token.
-#include "mlp.cuh"
+#include "mlp_arguments.cuh"
 
 namespace ttt {
-
-struct ForwardArguments {
-    View xq, xk, xv, lr;
-    const float *token_eta, *ln_weight, *ln_bias, *w1, *b1, *w2, *b2;
-    void* out;
-    float *final_w1, *final_b1, *final_w2, *final_b2;
-    float* saved;              // [chain, group of mini-batches, RECORD]
-    void *x_hat, *x_hat_bar;   // [chain, T, D] fp16, of the inner LayerNorm and the output's
-    float *rstd, *rstd_bar;    // [chain, T]
-    int64_t heads, mini_batches, group, aligned;
-    double eps;
-};
 
 template <typename T, int D, int M, bool CAUSAL> struct ForwardShared {
     using S = Sizes<D>;
@@ -119,6 +107,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
     };
 
     fetch(0);
+    if (SPLIT == 2) cluster_sync();  // both blocks have started
     for (int n = 0; n < N + LATE; n++) {
         const int stage = n & 1;
         copy_async_wait<0>();
