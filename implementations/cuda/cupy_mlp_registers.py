@@ -117,19 +117,26 @@ def forward(
         ValueError: a tensor has another shape, dtype, device or layout than the kernel takes.
     """
     check(inputs, INPUTS, problem, limit(problem))
-    split = split or default_split(problem, inputs.xq.device)
-    chains, like = problem.batch * problem.heads, inputs.w1
-    groups = -(-problem.mini_batches // group)
-    saved = like.new_empty(chains, groups, 8 * problem.head_dim**2 + problem.hidden)
-    norms = [like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16) for _ in range(2)]
-    norms += [like.new_empty(chains, problem.tokens) for _ in range(2)]
+    residuals = empty_residuals(inputs, problem, group, split)
     outputs = MlpOutputs(contiguous_like(inputs.xq), *map(contiguous_like, inputs[7:]))
     arguments = ForwardArguments(
-        *map(view, inputs[:4]), *inputs[4:], *outputs, saved, *norms,
+        *map(view, inputs[:4]), *inputs[4:], *outputs, *residuals[1:6],
         problem.heads, problem.mini_batches, group, int(all(map(aligned, inputs[:3]))), problem.eps,
     )  # fmt: skip
-    launch(forward_kernel(problem, split), chains * split, arguments, like.device, problem)
-    return outputs, Residuals(inputs, saved, *norms, group, split)
+    kernel, blocks = forward_kernel(problem, residuals.split), problem.batch * problem.heads * residuals.split
+    launch(kernel, blocks, arguments, inputs.xq.device, problem)
+    return outputs, residuals
+
+
+def empty_residuals(
+    inputs: MlpInputs, problem: Problem, group: int = GROUP, split: int | None = None
+) -> Residuals:
+    """Residuals with room for what the forward leaves and nothing in it yet."""
+    chains, like = problem.batch * problem.heads, inputs.w1
+    saved = like.new_empty(chains, -(-problem.mini_batches // group), 8 * problem.head_dim**2 + problem.hidden)
+    norms = [like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16) for _ in range(2)]
+    norms += [like.new_empty(chains, problem.tokens) for _ in range(2)]
+    return Residuals(inputs, saved, *norms, group, split or default_split(problem, like.device))
 
 
 def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> MlpInputs:
