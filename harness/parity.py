@@ -45,6 +45,7 @@ _GROUPS = {"cpu": 2, "cuda": 8}  # in work at once: the numbers and the truth of
 _PROCESSES = {"cpu": 1, "cuda": 2}  # of each implementation, at most
 _PROCESSES_OF_SLOW = {"cpu": 1, "cuda": 4}  # of what compiles long, and of what all others wait for
 WARM_UP_SECONDS = 120.0  # for a process to import what it needs
+_PREFIX = "ttt-lab-truth-"
 _MEMORY, _ROOM_BYTES = Path("/dev/shm"), 2**35  # where there is so much room, the files are in memory
 DEVICE_BYTES = 50 * 10**9  # that the checks at work may take together, by their estimate; processes take the rest
 
@@ -96,7 +97,8 @@ class _Runner:
 
     def __init__(self, settings: Settings, stack: ExitStack):
         self.settings = settings
-        self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ttt-lab-truth-", dir=_memory())))
+        name = f"{_PREFIX}{os.getpid()}-"
+        self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=name, dir=_memory())))
         self._room = _Room(settings.jobs, DEVICE_BYTES)
         self._finished: queue.SimpleQueue[tuple[list[Cell], Path, list[Future]]] = queue.SimpleQueue()
         self._lanes: dict[str, _Lane] = {}
@@ -240,7 +242,13 @@ def compiler_caches(folder: Path) -> dict[str, str]:
 
 
 def _memory() -> Path | None:
-    """Where the files of the groups go: into memory, if half of it is free and large; else where temporary files go."""
+    """Where the files of the groups go: into memory, if there is much; None for where temporary files go.
+
+    What runs that were killed left in memory goes now: nothing else would remove it before the machine restarts.
+    """
+    for left in _MEMORY.glob(f"{_PREFIX}*"):
+        if not Path("/proc", left.name.removeprefix(_PREFIX).partition("-")[0]).exists():
+            shutil.rmtree(left, ignore_errors=True)
     try:
         return _MEMORY if shutil.disk_usage(_MEMORY).free >= _ROOM_BYTES else None
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -131,6 +132,19 @@ def test_the_memory_that_a_check_takes_is_known_roughly():
     problem = CASES["lm-1.3b"].problem("mlp", "bf16")
     assert 3.04e9 / 2 < working_bytes(problem) < 2 * 3.04e9  # measured: torch.eager, forward and backward, on an H100
     assert working_bytes(CASES["lm-1.3b-long"].problem("mlp", "bf16")) == 4 * working_bytes(problem)
+
+
+def test_what_a_killed_run_left_in_memory_goes(monkeypatch, tmp_path):
+    monkeypatch.setattr(parity, "_MEMORY", tmp_path)
+    monkeypatch.setattr(parity, "_ROOM_BYTES", 1)
+    gone, kept = tmp_path / "ttt-lab-truth-99999999-a", tmp_path / f"ttt-lab-truth-{os.getpid()}-a"
+    for folder in (gone, kept):
+        (folder / "in it").mkdir(parents=True)
+    assert parity._memory() == tmp_path and not gone.exists() and kept.exists()
+    monkeypatch.setattr(parity, "_ROOM_BYTES", 2**70)
+    assert parity._memory() is None
+    monkeypatch.setattr(parity, "_MEMORY", tmp_path / "none")
+    assert parity._memory() is None
 
 
 def test_a_first_call_is_that_of_the_check(tmp_path):
