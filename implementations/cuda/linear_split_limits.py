@@ -25,9 +25,10 @@ class Ring(NamedTuple):
 
 
 class Rings(NamedTuple):
-    """The same of the backward, whose two passes have the same teams, and one slot each."""
+    """The same of the backward, whose two passes have the same teams; the way back has one slot for each."""
 
     groups: int
+    again_slots: int
     again_stages: int
     reverse_stages: int
 
@@ -40,10 +41,10 @@ _FORWARD = {
     128: (Ring(1, 1, 3), Ring(1, 1, 2)),
 }
 _BACKWARD = {
-    16: (Rings(4, 3, 2), Rings(3, 3, 2), Rings(2, 3, 2), Rings(1, 3, 2)),
-    32: (Rings(2, 3, 2), Rings(1, 3, 2), Rings(1, 2, 2)),
-    64: (Rings(1, 3, 2), Rings(1, 2, 2)),
-    128: (Rings(1, 2, 2),),
+    16: (Rings(4, 1, 3, 2), Rings(3, 1, 3, 2), Rings(2, 1, 3, 2), Rings(1, 1, 3, 2)),
+    32: (Rings(2, 1, 3, 2), Rings(1, 1, 3, 3), Rings(1, 1, 3, 2), Rings(1, 1, 2, 2)),
+    64: (Rings(1, 2, 4, 3), Rings(1, 2, 4, 2), Rings(1, 1, 3, 3), Rings(1, 1, 3, 2), Rings(1, 1, 2, 2)),
+    128: (Rings(1, 1, 2, 2),),
 }
 
 
@@ -70,7 +71,7 @@ def backward_bytes(problem: Problem, rings: Rings) -> int:
     d, m = problem.head_dim, problem.mini_batch
     tokens, pairs = 2 * m * (d + 8), 2 * m * (m + 8) if problem.causal else 0
     sums = (rings.groups * team(problem) + 1) * 8 * d + (rings.groups * m + d // 16 + 3) // 4 * 16
-    again = rings.again_stages * (4 * tokens + 4 * m) + _forward_slot(problem)
+    again = rings.again_stages * (4 * tokens + 4 * m) + rings.again_slots * _forward_slot(problem)
     stage = 4 * tokens + 4 * m + 2 * pairs + 4 * m * d + 32 * m
     reverse = rings.reverse_stages * stage + 2 * d * (d + 8) + 3 * tokens
     return _fixed_bytes(problem) + sums + rings.groups * max(again, reverse)
@@ -110,7 +111,7 @@ def limit(problem: Problem) -> str | None:
 
 def _fixed_bytes(problem: Problem) -> int:
     """LayerNorm's parameters, token_eta, means of the weights, and the two buffers for sums over the warps."""
-    return 12 * problem.head_dim + 4 * problem.mini_batch + 16 + 4 * problem.head_dim * problem.mini_batch
+    return 12 * problem.head_dim + 20 * problem.mini_batch + 16 + 4 * problem.head_dim * problem.mini_batch
 
 
 def _forward_slot(problem: Problem) -> int:

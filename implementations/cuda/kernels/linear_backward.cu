@@ -61,11 +61,10 @@ template <typename P> struct KeepForReverse {
             to[j / 2 * 32] = make_uint4(movmatrix(weights.rounded[j][0]), movmatrix(weights.rounded[j][1]),
                                         movmatrix(weights.rounded[j + 1][0]), movmatrix(weights.rounded[j + 1][1]));
     }
-    TTT_INLINE void token(int n, int warp, int tile, const Token& of, float along_x, float along_x2) const {
-        if (warp > 0) return;
+    TTT_INLINE void token(int n, int warp, int tile, const float4& of, float along_x, float along_x2) const {
+        if (warp != tile % P::WARPS) return;
         const bool second = lane_id() & 1;
-        scratch.of(n).tokens()[32 * tile + lane_id()] = second ? make_float4(along_x, along_x2, 0.0f, 0.0f)
-                                                               : make_float4(of.rstd, of.mean_p, of.along, 0.0f);
+        scratch.of(n).tokens()[32 * tile + lane_id()] = second ? make_float4(along_x, along_x2, 0.0f, 0.0f) : of;
     }
     TTT_INLINE void x_hat(int n, int warp, int tile, int half, const float (&x)[2][2]) const {
         scratch.of(n).x_hat()[((tile * P::WARPS + warp) * 2 + half) * 32 + lane_id()] =
@@ -143,7 +142,7 @@ template <typename P> struct Again : ReadOut<P> {
 #pragma unroll
             for (int j = 0; j < D / 8; j += 2) {
                 uint32_t r[4];
-                ldmatrix_x4_trans(r, at.w(slot).lane(16 * k, 8 * j));
+                ldmatrix_x4_trans(r, at.w(slot).by_columns(16 * k, 8 * j));
                 mma<T>(z[j], d_z1_bar[k], r[0], r[1]);
                 mma<T>(z[j + 1], d_z1_bar[k], r[2], r[3]);
                 if (16 * (k % P::TEAM) == row) w_kept[(k * (D / 16) + j / 2) * 32] = make_uint4(r[0], r[1], r[2], r[3]);
@@ -213,7 +212,7 @@ template <typename P> struct Inner {
         for (int r = 0; r < 2; r++) {
             const float4 of = at.kept(stage)[2 * (16 * tile + row_in_tile() + 8 * r)];
             const float4 x = at.x_hat(stage)[((tile * P::WARPS + warp) * 2 + r) * 32 + lane_id()];
-            rstd[r] = of.x, mean_p[r] = of.y, along[r] = of.z;
+            rstd[r] = of.x, mean_p[r] = of.z, along[r] = of.w;
             x_hat[0][2 * r] = x.x, x_hat[0][2 * r + 1] = x.y, x_hat[1][2 * r] = x.z, x_hat[1][2 * r + 1] = x.w;
         }
 #pragma unroll
@@ -241,19 +240,21 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
     const float eta_last = at.token_eta()[M - 1];
     const Columns<P> columns(at, first);
     float d_ln_weight[2][2] = {}, d_ln_bias[2][2] = {}, d_eta_last = 0.0f;
+    float bias[2][2] = {};  // what the last step adds to d_b1, in parts
 
     Place<P> place;
     for (int step = 0; step < steps; step++, place.next()) {
         const int slot = place.slot(), stage = place.stage();
         const Tile<T, D> xq = at.xq(stage), xk = at.xk(stage), d_z1_bar = at.d_z1_bar(stage);
+        const float* lr = at.lr(stage) + g;
         float4* exchange = at.exchange(step & 1);
-        named_sync(P::ready(slot), P::HAND_OVER);
+        P::wait_for_tokens(step, slot);
         float bar[2][4] = {};  // d_z1_bar summed over tokens, in every row
         const uint32_t one = pack<T>(1.0f, 1.0f), ones[4] = {one, one, one, one};
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
             uint32_t d[4];
-            ldmatrix_x4_trans(d, d_z1_bar.lane(16 * m, first));
+            ldmatrix_x4_trans(d, d_z1_bar.by_columns(16 * m, first));
             mma<T>(bar[0], ones, d[0], d[1]);
             mma<T>(bar[1], ones, d[2], d[3]);
         }
@@ -267,11 +268,10 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
 #pragma unroll
                 for (int k = m; k < TILES; k++) {
                     uint32_t s[4], d[4];
-                    ldmatrix_x4_trans(s, at.scores(stage).lane(16 * k, 16 * m));
-                    ldmatrix_x4_trans(d, d_z1_bar.lane(16 * k, first));
-                    const uint32_t a[4] = {s[0], s[2], s[1], s[3]};
-                    mma<T>(part[0], a, d[0], d[1]);
-                    mma<T>(part[1], a, d[2], d[3]);
+                    ldmatrix_x4_trans(s, at.scores(stage).by_rows(16 * k, 16 * m));
+                    ldmatrix_x4_trans(d, d_z1_bar.by_columns(16 * k, first));
+                    mma<T>(part[0], s, d[0], d[1]);
+                    mma<T>(part[1], s, d[2], d[3]);
                 }
             inner.load(at, columns, stage, m, warp);
         };
@@ -280,18 +280,17 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
         if (!P::CAUSAL) {
 #pragma unroll
             for (int m = 0; m < TILES; m++) d_weights.add(d_z1_bar, first, xq, 16 * m);
-            add_columns(d_weights.b, bar);
         }
         d_weights.round();
         float q[TILES][2][4];  // at first pulled
         through(d_weights, xk, x, q);
-        d_weights.show(at.w(slot), first);
+        d_weights.add_bias(bias);
+        if (!P::CAUSAL) add_columns(d_weights.b, bar);
 
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
             if (TILES > 1) load(m);
-            // Sums over this warp's columns of q, q x_hat, q g, gamma^2 q, gamma^2 q x_hat.
-            float sums[2][6] = {};
+            float sums[2][6];  // of q, q x_hat, q g, gamma^2 q, gamma^2 q x_hat
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float along = 0.0f;
@@ -300,75 +299,85 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
                 for (int h = 0; h < 2; h++)
 #pragma unroll
                     for (int i = 2 * r; i < 2 * r + 2; i++) {
-                        along += inner.g[h][i] * q[m][h][i];
-                        const float x = -eta_last * q[m][h][i] - score_scale<T> * part[h][i];
-                        const float y = columns.gamma[h][i % 2] * columns.gamma[h][i % 2] * x;
+                        const float gamma = columns.gamma[h][i % 2], pulled = q[m][h][i] + d_weights.b[h][i % 2];
+                        const float x = -eta_last * pulled - score_scale<T> * part[h][i], y = gamma * gamma * x;
+                        const bool start = h == 0 && i == 2 * r;
                         q[m][h][i] = x;
-                        of[0] += x;
-                        of[1] += x * inner.x_hat[h][i];
-                        of[2] += x * inner.g[h][i];
-                        of[3] += y;
-                        of[4] += y * inner.x_hat[h][i];
+                        along += inner.g[h][i] * pulled;
+                        of[0] = start ? x : of[0] + x;
+                        of[1] = start ? x * inner.x_hat[h][i] : of[1] + x * inner.x_hat[h][i];
+                        of[2] = start ? x * inner.g[h][i] : of[2] + x * inner.g[h][i];
+                        of[3] = start ? y : of[3] + y;
+                        of[4] = start ? y * inner.x_hat[h][i] : of[4] + y * inner.x_hat[h][i];
                     }
-                d_eta_last -= at.lr(stage)[16 * m + g + 8 * r] * along;
+                of[5] = 0.0f;
+                d_eta_last -= lr[16 * m + 8 * r] * along;
             }
             put_sums<P>(exchange, warp, m, sums);
         }
         named_sync(P::BETWEEN, 32 * P::WARPS);
+        P::wait_for_slot(step, slot);
+        d_weights.show(at.w(slot), first);
 
-        float bias[2][2] = {};
-#pragma unroll
-        for (int m = 0; m < TILES; m++) {
+        auto work_out = [&](int m) {  // means of d_g_z1 and d_g_z1 x_hat, and what projects d_x_hat
             float sums[6];
             get_sums<P>(exchange, m, sums);
-            const int own = 16 * m + lane_id() / 2;  // the token that this lane and its neighbour work out
-            const float4 of = at.kept(stage)[2 * own], more = at.kept(stage)[2 * own + 1];
-            const float rstd = of.x, mean_p = of.y, along_p = of.z, along_x = more.x, along_x2 = more.y;
-            const float own_lr = at.lr(stage)[own], each = own_lr / D;
-            if (warp == 0 && lane_id() % 2 == 0) *d_lr.at(int64_t(steps - 1 - step) * M + own) = from_float<T>(sums[2]);
-            const float own_mean = each * sums[0], own_along = each * sums[1];
-            const float own_mean_x = rstd * (each * sums[3] - own_mean * (columns.mean_gamma_squared + along_p) -
-                                             own_along * (along_x + mean_p));
-            const float own_along_x = rstd * (each * sums[4] - own_mean * along_x - own_along * (along_x2 + 2.0f * along_p)) +
-                each * sums[2];
-
+            const int token = 16 * m + lane_id() / 2;
+            const float4 of = at.kept(stage)[2 * token], more = at.kept(stage)[2 * token + 1];
+            const float rstd = of.x, mean_p = of.z, along_p = of.w, along_x = more.x, along_x2 = more.y;
+            const float each = at.lr(stage)[token] / D, mean = each * sums[0], along = each * sums[1];
+            if (warp == m % P::WARPS && lane_id() % 2 == 0)
+                *d_lr.at(int64_t(steps - 1 - step) * M + token) = from_float<T>(sums[2]);
+            return make_float4(
+                mean, along,
+                rstd * (each * sums[3] - mean * (columns.mean_gamma_squared + along_p) - along * (along_x + mean_p)),
+                rstd * (each * sums[4] - mean * along_x - along * (along_x2 + 2.0f * along_p)) + each * sums[2]);
+        };
+        const OfTokens<P, decltype(work_out)> of_tokens(at, warp, work_out);
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
             if (TILES > 1) inner.load(at, columns, stage, m, warp);
-            uint32_t d_z1[2][2];
+            float4 of[2];
+            of_tokens.get(m, of);
+            uint32_t d_z1[2][2], d_xv[2][2];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const int from = 2 * (g + 8 * r), token = 16 * m + g + 8 * r;
-                const float mean = shuffle(own_mean, from), along = shuffle(own_along, from);
-                const float mean_x = shuffle(own_mean_x, from), along_dx = shuffle(own_along_x, from);
-                const float lr = at.lr(stage)[token], scale = inner.rstd[r];
+                const float scale = inner.rstd[r], lr_token = lr[16 * m + 8 * r];
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float d_z[2], d_error[2];
 #pragma unroll
                     for (int l = 0; l < 2; l++) {
                         const int i = 2 * r + l;
-                        const float gamma = columns.gamma[h][l], x = inner.x_hat[h][i], d_g = lr * q[m][h][i];
-                        const float d_p = scale * (d_g - mean - x * along);
+                        const float gamma = columns.gamma[h][l], x = inner.x_hat[h][i], d_g = lr_token * q[m][h][i];
+                        const float d_p = scale * (d_g - of[r].x - x * of[r].y);
                         d_error[l] = gamma * d_p;
-                        const float d_x = gamma * d_error[l] - scale * (inner.along[r] * d_g + along * inner.p[h][i]);
-                        d_z[l] = scale * (d_x - mean_x - x * along_dx);
+                        const float d_x = gamma * d_error[l] - scale * (inner.along[r] * d_g + of[r].y * inner.p[h][i]);
+                        d_z[l] = scale * (d_x - of[r].z - x * of[r].w);
                         d_ln_weight[h][l] += d_p * inner.error[h][i] + d_error[l] * x;
                         d_ln_bias[h][l] += d_error[l];
-                        bias[h][l] += d_z[l];
+                        bias[h][l] = m == 0 && r == 0 ? d_z[l] : bias[h][l] + d_z[l];
                     }
                     d_z1[h][r] = pack<T>(d_z[0], d_z[1]);
-                    const int column = first + 8 * h + t;
-                    at.d_z1(slot).set(token, column, d_z1[h][r]);
-                    at.d_xv(slot).set(token, column, pack<T>(-d_error[0], -d_error[1]));
-                    at.g(slot).set(token, column, pack<T>(inner.g[h][2 * r], inner.g[h][2 * r + 1]));
+                    d_xv[h][r] = pack<T>(-d_error[0], -d_error[1]);
                 }
             }
-            if (m == TILES - 1) named_arrive(P::full(slot), P::HAND_OVER);
-            if (P::CAUSAL) d_weights.add(d_z1_bar, first, xq, 16 * m);
             d_weights.add(d_z1, xk, 16 * m);
+            if (P::CAUSAL) d_weights.add(d_z1_bar, first, xq, 16 * m);
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const int token = 16 * m + g + 8 * r, column = first + 8 * h + t;
+                    at.d_z1(slot).set(token, column, d_z1[h][r]);
+                    at.d_xv(slot).set(token, column, d_xv[h][r]);
+                    at.g(slot).set(token, column, pack<T>(inner.g[h][2 * r], inner.g[h][2 * r + 1]));
+                }
         }
+        P::hand_over(slot);
         if (P::CAUSAL) add_columns(d_weights.b, bar);
-        d_weights.add_bias(bias);
     }
+    d_weights.add_bias(bias);
 
     float* ln = at.ln_sums(P::READERS) + first;
 #pragma unroll
@@ -448,9 +457,8 @@ template <typename P> struct Reverse {
         if (P::CAUSAL)
             for (int query = row; query < M; query += 16) {  // d_attn^T xq
                 uint32_t s[4];
-                ldmatrix_x4_trans(s, at.d_attn(stage).lane(query, row));
-                const uint32_t a[4] = {s[0], s[2], s[1], s[3]};
-                add_product_16(z, a, at.xq(stage), query);
+                ldmatrix_x4_trans(s, at.d_attn(stage).by_rows(query, row));
+                add_product_16(z, s, at.xq(stage), query);
             }
         const int64_t token = int64_t(n) * M + row;
         store_rows(at.d_xv(slot), row, to_d_xv.at(token), to_d_xv.token);
@@ -458,9 +466,9 @@ template <typename P> struct Reverse {
     }
 };
 
-template <typename T, int D, int M, bool CAUSAL, int GROUPS, int STAGES, int REVERSE_STAGES>
+template <typename T, int D, int M, bool CAUSAL, int GROUPS, int SLOTS, int STAGES, int REVERSE_STAGES>
 __global__ void __launch_bounds__(TTT_THREADS, 1) linear_backward(const __grid_constant__ BackwardArguments a) {
-    using F = Plan<AGAIN, T, D, M, CAUSAL, GROUPS, 1, STAGES>;
+    using F = Plan<AGAIN, T, D, M, CAUSAL, GROUPS, SLOTS, STAGES>;
     using R = Plan<REVERSE, T, D, M, CAUSAL, GROUPS, 1, REVERSE_STAGES>;
     constexpr int BYTES = F::BYTES > R::BYTES ? F::BYTES : R::BYTES;
     static_assert(BYTES == TTT_SHARED_BYTES && F::THREADS == TTT_THREADS && Kept<F>::BYTES == TTT_KEPT_BYTES,
@@ -471,9 +479,9 @@ __global__ void __launch_bounds__(TTT_THREADS, 1) linear_backward(const __grid_c
     const int64_t chain = blockIdx.x, h = a.heads;
     const int warp = threadIdx.x / 32, index = warp - F::WARPS, group = int(a.group);
     const int segments = int((a.mini_batches + a.group - 1) / a.group);
-    load_shared(forth, a.ln_weight + chain % h * D, a.ln_bias + chain % h * D, a.token_eta);
-    float* zeros = forth.mean();  // no mean is put back to cotangents, and all sums start at 0
-    for (int i = threadIdx.x; i < (F::FIXED - 8 * D - 4 * M) / 4; i += F::THREADS) zeros[i] = 0.0f;
+    load_shared(forth, a.ln_weight + chain % h * D, a.ln_bias + chain % h * D, a.token_eta, a.eps);
+    for (int i = threadIdx.x; i <= D; i += F::THREADS) forth.mean()[i] = 0.0f;  // cotangents keep theirs
+    for (int i = threadIdx.x; i < F::SUMS / 4; i += F::THREADS) forth.ln_sums(0)[i] = 0.0f;
     sync();
 
     unsigned char* scratch = a.scratch + chain * (a.group + 1) * Kept<F>::BYTES;
@@ -487,9 +495,9 @@ __global__ void __launch_bounds__(TTT_THREADS, 1) linear_backward(const __grid_c
             Weights<F> weights;
             weights.restore(a.saved + (chain * segments + segment) * (D * (D + 1)), warp);
             KeepForReverse<F> keep = {{scratch}};
-            recurrence(forth, weights, warp, steps, float(a.eps), keep);
+            recurrence(forth, weights, warp, steps, keep);
         } else {
-            Again<F> work = {{forth, float(a.eps)}, xq, xk, xv, lr, d_out, {a.d_xq, chain, h, token}, {scratch}};
+            Again<F> work = {{forth}, xq, xk, xv, lr, d_out, {a.d_xq, chain, h, token}, {scratch}};
             work.start();
             reader(forth, index, steps, work);
             work.finish(index);

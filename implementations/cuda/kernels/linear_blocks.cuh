@@ -26,9 +26,13 @@ template <typename T_, int D_> struct Tile {
     static constexpr int ROW = D_ + 8;
     T_* p;
     TTT_INLINE T_* at(int row, int column) const { return p + row * ROW + column; }
-    // What this lane points ldmatrix at for four matrices: rows 0 and 8, columns 0; then both rows, columns 8.
-    TTT_INLINE const T_* lane(int row, int column) const {
-        return at(row + (lane_id() & 15), column + (lane_id() >> 4) * 8);
+    // What this lane points ldmatrix at for four matrices: rows 0 and 8 of columns 0, then of columns 8 ...
+    TTT_INLINE const T_* by_columns(int row, int column) const {
+        return at(row + lane_id() % 16, column + lane_id() / 16 * 8);
+    }
+    // ... or columns 0 and 8 of rows 0, then of rows 8. What is one operand of mma has to lie in neighbouring registers.
+    TTT_INLINE const T_* by_rows(int row, int column) const {
+        return at(row + lane_id() % 8 + lane_id() / 16 * 8, column + lane_id() / 8 % 2 * 8);
     }
     TTT_INLINE void set(int row, int column, uint32_t pair) const {
         *reinterpret_cast<uint32_t*>(at(row, column)) = pair;
@@ -71,18 +75,25 @@ template <Pass PASS, typename T_, int D_, int M_, bool CAUSAL_, int GROUPS_, int
     // gamma and beta, token_eta, means of w1 and b1; sums for d_ln_weight, d_ln_bias, d_token_eta.
     static constexpr int SUMS = PASS == FORWARD ? 0 : (READERS + 1) * 8 * D + (GROUPS * M + WARPS + 3) / 4 * 16;
     static constexpr int FIXED = 8 * D + 4 * M + 4 * D + 16 + SUMS;
-    static constexpr int BYTES = FIXED + 2 * EXCHANGE + GROUPS * (STAGES * STAGE + SLOTS * SLOT);
-    static_assert(STAGES >= 2 * SLOTS && 2 + 2 * GROUPS * SLOTS <= 16, "slots are handed over by named barriers");
+    static constexpr int BYTES = FIXED + 2 * EXCHANGE + 16 * M + GROUPS * (STAGES * STAGE + SLOTS * SLOT);
+    // Where one team reads every mini-batch, the recurrence waits for tokens when it starts on one, and for the slot when
+    // it fills it. Else both are one barrier: while a team reads, the recurrence is at another one's mini-batches.
+    static constexpr bool APART = GROUPS == 1 && STAGES >= SLOTS + 2;
+    static constexpr int AHEAD = APART ? STAGES - SLOTS - 2 : STAGES - 2 * SLOTS;  // turns that may still be on their way
+    static_assert(AHEAD >= 0, "tokens come a turn before they are needed");
+    static_assert(2 + (APART ? 2 + 2 * SLOTS : 2 * GROUPS * SLOTS) <= 16, "there are 16 named barriers");
 
     unsigned char* shared;
     TTT_INLINE float4* ln() const { return reinterpret_cast<float4*>(shared); }  // gamma, gamma, beta, beta
     TTT_INLINE float* token_eta() const { return reinterpret_cast<float*>(shared + 8 * D); }
     TTT_INLINE float* mean() const { return token_eta() + M; }  // of w1 over e, D of them, and of b1
+    TTT_INLINE float* eps() const { return mean() + D + 1; }
     TTT_INLINE float* ln_sums(int reader) const { return mean() + D + 4 + reader * 2 * D; }  // the last: the recurrence's
     TTT_INLINE float* eta_sums() const { return ln_sums(READERS + 1); }
     TTT_INLINE float4* exchange(int i) const { return reinterpret_cast<float4*>(shared + FIXED + i * EXCHANGE); }
+    TTT_INLINE float4* of_tokens() const { return exchange(2); }
 
-    TTT_INLINE unsigned char* stage(int i) const { return shared + FIXED + 2 * EXCHANGE + i * STAGE; }
+    TTT_INLINE unsigned char* stage(int i) const { return shared + FIXED + 2 * EXCHANGE + 16 * M + i * STAGE; }
     TTT_INLINE Tile<T, D> tokens(int i, int which) const { return {reinterpret_cast<T*>(stage(i) + which * TOKENS)}; }
     TTT_INLINE Tile<T, D> xq(int i) const { return tokens(i, 0); }
     TTT_INLINE Tile<T, D> xk(int i) const { return tokens(i, 1); }
@@ -104,9 +115,17 @@ template <Pass PASS, typename T_, int D_, int M_, bool CAUSAL_, int GROUPS_, int
     TTT_INLINE Tile<T, D> d_xv(int i) const { return {g(i).p + TOKENS}; }
     TTT_INLINE float* b(int i) const { return reinterpret_cast<float*>(slot(i) + SLOT - 4 * D); }
 
-    static constexpr int BETWEEN = 1;  // named barriers: among the recurrence's warps;
-    TTT_INLINE static int ready(int slot) { return 2 + slot; }                 // tokens have come, the slot is free;
-    TTT_INLINE static int full(int slot) { return 2 + GROUPS * SLOTS + slot; }  // the slot is filled
+    // Named barriers: among the recurrence's warps; the tokens have come (and the slot is free); it is free; it is full.
+    static constexpr int BETWEEN = 1;
+    TTT_INLINE static int come(int turn, int slot) { return APART ? 2 + turn % 2 : 2 + slot; }
+    TTT_INLINE static int free(int slot) { return 4 + slot; }
+    TTT_INLINE static int full(int slot) { return (APART ? 4 : 2) + GROUPS * SLOTS + slot; }
+    // The recurrence's side: before it reads tokens, before it fills a slot, when it has.
+    TTT_INLINE static void wait_for_tokens(int n, int slot) { named_sync(come(n, slot), HAND_OVER); }
+    TTT_INLINE static void wait_for_slot(int n, int slot) {
+        if (APART && n >= SLOTS) named_sync(free(slot), HAND_OVER);
+    }
+    TTT_INLINE static void hand_over(int slot) { named_arrive(full(slot), HAND_OVER); }
 };
 
 // A counter through the slots and stages of all teams, mini-batch by mini-batch.
@@ -203,7 +222,7 @@ template <typename P> struct Weights {
 #pragma unroll
         for (int j = 0; j < P::D / 8; j += 2) {
             uint32_t pair[4];
-            ldmatrix_x4_trans(pair, x.lane(token, 8 * j));
+            ldmatrix_x4_trans(pair, x.by_columns(token, 8 * j));
             mma<T>(w[j], a, pair[0], pair[1]);
             mma<T>(w[j + 1], a, pair[2], pair[3]);
         }
@@ -215,9 +234,8 @@ template <typename P> struct Weights {
     }
     // And with rows of a tile, [16 tokens, 16 e], transposed.
     TTT_INLINE void add(const Tile<typename P::T, P::D>& g, int first, const Tile<typename P::T, P::D>& x, int token) {
-        uint32_t r[4];
-        ldmatrix_x4_trans(r, g.lane(token, first));
-        const uint32_t a[4] = {r[0], r[2], r[1], r[3]};
+        uint32_t a[4];
+        ldmatrix_x4_trans(a, g.by_rows(token, first));
         add(a, x, token);
     }
     // b1 += the sums over all lanes' rows of `part`, in fp32: where xk is small, z1 is b1.
@@ -274,24 +292,48 @@ TTT_INLINE void put_sums(float4* exchange, int warp, int tile, const float (&val
 }
 // ... and added up, after a barrier, by lanes 2i and 2i + 1 for token i of the tile.
 template <typename P> TTT_INLINE void get_sums(const float4* exchange, int tile, float (&sums)[6]) {
-    float own[3] = {};
+    float4 own = exchange[32 * tile + lane_id()];
 #pragma unroll
-    for (int i = 0; i < P::WARPS; i++) {
-        const float4 part = exchange[(i * P::M + 16 * tile) * 2 + lane_id()];
-        own[0] += part.x, own[1] += part.y, own[2] += part.z;
+    for (int i = 1; i < P::WARPS; i++) {
+        const float4 part = exchange[2 * i * P::M + 32 * tile + lane_id()];
+        own.x += part.x, own.y += part.y, own.z += part.z;
     }
+    const float4 other = make_float4(shuffle_xor(own.x, 1), shuffle_xor(own.y, 1), shuffle_xor(own.z, 1), 0.0f);
     const bool second = lane_id() & 1;
-#pragma unroll
-    for (int i = 0; i < 3; i++) {
-        const float other = shuffle_xor(own[i], 1);
-        sums[i] = second ? other : own[i];
-        sums[i + 3] = second ? own[i] : other;
-    }
+    sums[0] = second ? other.x : own.x, sums[3] = second ? own.x : other.x;
+    sums[1] = second ? other.y : own.y, sums[4] = second ? own.y : other.y;
+    sums[2] = second ? other.z : own.z, sums[5] = second ? own.z : other.z;
 }
 
-// What a token's LayerNorm and inner gradient take beside z1: x_hat = z1 rstd - shift,
-// g_z1 = rstd (p - mean_p - x_hat along) with p = gamma (gamma x_hat + beta - target), along = mean(p x_hat).
-struct Token { float rstd, shift, mean_p, along; };
+// What follows from a token's sums, four numbers of `work_out(tile)` by lanes 2i and 2i + 1, for every warp's accumulators:
+// each warp works out a tile for itself, or, where there are many, its share of them for all.
+template <typename P, typename WorkOut> struct OfTokens {
+    static constexpr bool SHARED = P::TILES >= 4;
+    const P& at;
+    WorkOut work_out;
+    TTT_INLINE OfTokens(const P& at, int warp, WorkOut work_out) : at(at), work_out(work_out) {
+        if (!SHARED) return;
+        for (int m = warp; m < P::TILES; m += P::WARPS) {
+            const float4 mine = work_out(m);
+            if (lane_id() % 2 == 0) at.of_tokens()[16 * m + lane_id() / 2] = mine;
+        }
+        named_sync(P::BETWEEN, 32 * P::WARPS);
+    }
+    // Of rows g and g + 8 of a tile.
+    TTT_INLINE void get(int tile, float4 (&of)[2]) const {
+        if (SHARED) {
+            of[0] = at.of_tokens()[16 * tile + row_in_tile()];
+            of[1] = at.of_tokens()[16 * tile + row_in_tile() + 8];
+            return;
+        }
+        const float4 mine = work_out(tile);
+        const int from = 2 * row_in_tile();
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            of[r] = make_float4(shuffle(mine.x, from + 16 * r), shuffle(mine.y, from + 16 * r),
+                                shuffle(mine.z, from + 16 * r), shuffle(mine.w, from + 16 * r));
+    }
+};
 
 // gamma and beta of the four columns that a lane has in its warp's accumulators [16 tokens, 16 e].
 template <typename P> struct Columns {
@@ -311,8 +353,8 @@ template <typename P> struct Columns {
     // beta - target of a tile's accumulators, where target = xv - xk.
     TTT_INLINE void less_target(const P& at, int stage, int tile, int first, float (&x)[2][4]) const {
         uint32_t k4[4], v4[4];
-        ldmatrix_x4(k4, at.xk(stage).lane(16 * tile, first));
-        ldmatrix_x4(v4, at.xv(stage).lane(16 * tile, first));
+        ldmatrix_x4(k4, at.xk(stage).by_columns(16 * tile, first));
+        ldmatrix_x4(v4, at.xv(stage).by_columns(16 * tile, first));
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -329,11 +371,11 @@ template <typename P> struct Operand {
     uint32_t x[P::D / 16][4];
     TTT_INLINE void load(const Tile<typename P::T, P::D>& xk, int tile) {
 #pragma unroll
-        for (int k = 0; k < P::D / 16; k++) ldmatrix_x4(x[k], xk.lane(16 * tile, 16 * k));
+        for (int k = 0; k < P::D / 16; k++) ldmatrix_x4(x[k], xk.by_columns(16 * tile, 16 * k));
     }
 };
 
-// z = xk w + b of a warp's columns [16 tokens, 16 e], for every tile; `first` is the first tile's operand.
+// z = xk w of a warp's columns [16 tokens, 16 e], for every tile; `first` is the first tile's operand.
 template <typename P>
 TTT_INLINE void through(const Weights<P>& weights, const Tile<typename P::T, P::D>& xk, Operand<P>& first,
                         float (&z)[P::TILES][2][4]) {
@@ -352,22 +394,26 @@ TTT_INLINE void through(const Weights<P>& weights, const Tile<typename P::T, P::
             for (int h = 0; h < 2; h++)
                 mma<T>(P::TILES == 1 && k % 2 ? odd[h] : z[m][h], first.x[k], weights.rounded[2 * k][h],
                        weights.rounded[2 * k + 1][h]);
+        if (P::TILES == 1)
 #pragma unroll
-        for (int h = 0; h < 2; h++)
+            for (int h = 0; h < 2; h++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) z[m][h][i] += odd[h][i] + weights.b[h][i % 2] / P::SCALE;
+                for (int i = 0; i < 4; i++) z[m][h][i] += odd[h][i];
     }
 }
 
 // The chain of mini-batches, by one of its warps: (w1, b1) -> z1 -> g_z1 -> (w1', b1'). `keep` may write down what passes.
+//
+// With p = gamma (gamma x_hat + beta - target), x_hat = z1 rstd - shift and g_z1 = rstd (p - mean(p) - x_hat along), where
+// along = mean(p x_hat); `u` is gamma z1.
 template <typename P, typename Keep>
-TTT_INLINE void recurrence(const P& at, Weights<P>& weights, int warp, int mini_batches, float eps, Keep& keep) {
+TTT_INLINE void recurrence(const P& at, Weights<P>& weights, int warp, int mini_batches, Keep& keep) {
     using T = typename P::T;
     constexpr int D = P::D, TILES = P::TILES;
     const int g = row_in_tile(), t = column_in_tile(), first = 16 * warp;
-    const float eta_last = at.token_eta()[P::M - 1];
+    const float eps = *at.eps(), to_step = -P::SCALE * at.token_eta()[P::M - 1];
     const Columns<P> columns(at, first);
-    float gamma_squared[2][2];
+    float gamma_squared[2][2], bias[2][2] = {};  // what the last mini-batch adds to b1, in parts
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -377,118 +423,137 @@ TTT_INLINE void recurrence(const P& at, Weights<P>& weights, int warp, int mini_
     for (int n = 0; n < mini_batches; n++, place.next()) {
         const int slot = place.slot(), stage = place.stage();
         const Tile<T, D> xk = at.xk(stage);
+        const float* lr = at.lr(stage) + g;
         float4* exchange = at.exchange(n & 1);
-        named_sync(P::ready(slot), P::HAND_OVER);
+        P::wait_for_tokens(n, slot);
         Operand<P> x;  // all that does not wait for the weights comes before them
         x.load(xk, 0);
-        float z[TILES][2][4], c[TILES][2][4];  // c = gamma (beta - target), which p adds to gamma^2 x_hat
+        float z[TILES][2][4], rest[TILES][2][4];  // rest = beta - target
 #pragma unroll
-        for (int m = 0; m < TILES; m++) {
-            columns.less_target(at, stage, m, first, c[m]);
-#pragma unroll
-            for (int h = 0; h < 2; h++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) c[m][h][i] *= columns.gamma[h][i % 2];
-        }
+        for (int m = 0; m < TILES; m++) columns.less_target(at, stage, m, first, rest[m]);
         weights.round();
-        keep.start(n, weights, warp);
         through(weights, xk, x, z);
-        if (P::CAUSAL) weights.show(at.w(slot), at.b(slot), first);
+        if (P::CAUSAL) weights.add_bias(bias);
+        keep.start(n, weights, warp);
 
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            float sums[2][6] = {};
+            float sums[2][6];  // of z1, z1^2, gamma u, u^2, (beta - target) u, gamma (beta - target)
 #pragma unroll
             for (int h = 0; h < 2; h++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const float x = z[m][h][i], y = gamma_squared[h][i % 2] * x;
+                    const float gamma = columns.gamma[h][i % 2];
+                    z[m][h][i] += weights.b[h][i % 2] / P::SCALE;
+                    const float x = z[m][h][i], u = gamma * x;
                     float(&of)[6] = sums[i / 2];
-                    of[0] += x;
-                    of[1] += x * x;
-                    of[2] += y;
-                    of[3] += y * x;
-                    of[4] += c[m][h][i] * x;
-                    of[5] += c[m][h][i];
+                    const bool start = h == 0 && i % 2 == 0;
+                    of[0] = start ? x : of[0] + x;
+                    of[1] = start ? x * x : of[1] + x * x;
+                    of[2] = start ? gamma * u : of[2] + gamma * u;
+                    of[3] = start ? u * u : of[3] + u * u;
+                    of[4] = start ? rest[m][h][i] * u : of[4] + rest[m][h][i] * u;
+                    of[5] = start ? rest[m][h][i] * gamma : of[5] + rest[m][h][i] * gamma;
                 }
             put_sums<P>(exchange, warp, m, sums);
         }
         named_sync(P::BETWEEN, 32 * P::WARPS);
+        P::wait_for_slot(n, slot);
+        if (P::CAUSAL) weights.show(at.w(slot), at.b(slot), first);
 
-        float bias[2][2] = {};
-#pragma unroll
-        for (int m = 0; m < TILES; m++) {
+        auto work_out = [&](int m) {  // rstd, shift, mean(p), along
             float sums[6];
             get_sums<P>(exchange, m, sums);
-            const float mean = sums[0] / D, mean_y = sums[2] / D, mean_c = sums[5] / D;
-            Token mine;
-            mine.rstd = rsqrt(max(sums[1] / D - mean * mean, 0.0f) + eps);
-            mine.shift = mean * mine.rstd;
-            const float along_x = mine.rstd * (mean_y - mean * columns.mean_gamma_squared);
-            const float along_x2 = mine.rstd * mine.rstd *
-                (sums[3] / D - 2.0f * mean * mean_y + mean * mean * columns.mean_gamma_squared);
-            mine.mean_p = along_x + mean_c;
-            mine.along = along_x2 + mine.rstd * (sums[4] / D - mean * mean_c);
-            keep.token(n, warp, m, mine, along_x, along_x2);
-
-            uint32_t step[2][2];
+            const float mean = sums[0] / D, mean_u = sums[2] / D, mean_rest = sums[5] / D;
+            const float rstd = rsqrt(max(sums[1] / D - mean * mean, 0.0f) + eps);
+            const float along_x = rstd * (mean_u - mean * columns.mean_gamma_squared);  // mean(gamma^2 x_hat)
+            const float along_x2 = rstd * rstd *  // mean(gamma^2 x_hat^2)
+                (sums[3] / D - 2.0f * mean * mean_u + mean * mean * columns.mean_gamma_squared);
+            const float4 of = make_float4(rstd, mean * rstd, along_x + mean_rest,
+                                          along_x2 + rstd * (sums[4] / D - mean * mean_rest));
+            keep.token(n, warp, m, of, along_x, along_x2);
+            return of;
+        };
+        const OfTokens<P, decltype(work_out)> of_tokens(at, warp, work_out);
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+            float4 of[2];
+            of_tokens.get(m, of);
+            uint32_t step[2][2], seen[2][2];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const int from = 2 * (g + 8 * r), token = 16 * m + g + 8 * r;
-                const Token of = {shuffle(mine.rstd, from), shuffle(mine.shift, from), shuffle(mine.mean_p, from),
-                                  shuffle(mine.along, from)};
-                const float factor = -P::SCALE * eta_last * at.lr(stage)[token];
+                const float factor = to_step * lr[16 * m + 8 * r], rstd = of[r].x;
                 float x_hat[2][2], gradient[2][2];
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
 #pragma unroll
                     for (int j = 0; j < 2; j++) {
-                        x_hat[h][j] = z[m][h][2 * r + j] * of.rstd - of.shift;
-                        const float rest = c[m][h][2 * r + j] - of.mean_p;
-                        gradient[h][j] = of.rstd * (rest + x_hat[h][j] * (gamma_squared[h][j] - of.along));
-                        bias[h][j] += factor * gradient[h][j];
+                        x_hat[h][j] = z[m][h][2 * r + j] * rstd - of[r].y;
+                        const float p = columns.gamma[h][j] * rest[m][h][2 * r + j] - of[r].z;
+                        gradient[h][j] = rstd * (p + x_hat[h][j] * (gamma_squared[h][j] - of[r].w));
+                        bias[h][j] = m == 0 && r == 0 ? factor * gradient[h][j] : bias[h][j] + factor * gradient[h][j];
                     }
                     step[h][r] = pack<T>(factor * gradient[h][0], factor * gradient[h][1]);
-                    if (P::CAUSAL)
-                        at.g(slot).set(token, first + 8 * h + t, pack<T>(gradient[h][0], gradient[h][1]));
+                    seen[h][r] = pack<T>(gradient[h][0], gradient[h][1]);
                 }
                 keep.x_hat(n, warp, m, r, x_hat);
             }
-            if (P::CAUSAL && m == TILES - 1) named_arrive(P::full(slot), P::HAND_OVER);
             weights.add(step, xk, 16 * m);
+            if (P::CAUSAL)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+#pragma unroll
+                    for (int r = 0; r < 2; r++)
+                        at.g(slot).set(16 * m + g + 8 * r, first + 8 * h + t, seen[h][r]);
         }
-        weights.add_bias(bias);
         if (!P::CAUSAL) {
+            weights.add_bias(bias);
             weights.round();
             weights.show(at.w(slot), at.b(slot), first);
-            named_arrive(P::full(slot), P::HAND_OVER);
         }
+        P::hand_over(slot);
     }
+    if (P::CAUSAL) weights.add_bias(bias);
 }
 
-// Puts what all mini-batches share into shared memory: gamma, beta and token_eta.
+// Puts what all mini-batches share into shared memory: gamma, beta, token_eta and eps.
 template <typename P>
-TTT_INLINE void load_shared(const P& at, const float* ln_weight, const float* ln_bias, const float* token_eta) {
+TTT_INLINE void load_shared(const P& at, const float* ln_weight, const float* ln_bias, const float* token_eta, double eps) {
+    if (threadIdx.x == 0) *at.eps() = float(eps);
     for (int i = threadIdx.x; i < P::D / 2; i += P::THREADS)
         at.ln()[i] = make_float4(ln_weight[2 * i], ln_weight[2 * i + 1], ln_bias[2 * i], ln_bias[2 * i + 1]);
     for (int i = threadIdx.x; i < P::M; i += P::THREADS) at.token_eta()[i] = token_eta[i];
 }
 
-// `ROWS` rows of `COLUMNS` numbers by a warp, of which lane i copies every 32nd 16 bytes.
-template <int COLUMNS, int ROWS = 16, typename Copy> TTT_INLINE void by_chunks(Copy copy) {
+// 16 rows of D numbers by a warp, of which lane i copies every 32nd 16 bytes.
+template <int D, typename Copy> TTT_INLINE void by_chunks(Copy copy) {
 #pragma unroll
-    for (int i = 0; i < ROWS * COLUMNS / 256; i++) {
+    for (int i = 0; i < D / 16; i++) {
         const int chunk = lane_id() + 32 * i;
-        copy(chunk / (COLUMNS / 8), chunk % (COLUMNS / 8) * 8);
+        copy(chunk / (D / 8), chunk % (D / 8) * 8);
     }
 }
 template <typename T, int D> TTT_INLINE void load_rows(const Tile<T, D>& tile, int row, const T* from, int64_t stride) {
-    by_chunks<D>([&](int r, int column) { copy_async_16(tile.at(row + r, column), from + r * stride + column); });
+    if constexpr (256 % D == 0) {  // then a lane's columns are the same in every row
+        const int r = lane_id() / (D / 8), column = lane_id() % (D / 8) * 8;
+        from += r * stride + column;
+#pragma unroll
+        for (int i = 0; i < D / 16; i++, from += 256 / D * stride)
+            copy_async_16(tile.at(row + r + 256 / D * i, column), from);
+    } else {
+        by_chunks<D>([&](int r, int column) { copy_async_16(tile.at(row + r, column), from + r * stride + column); });
+    }
 }
 template <typename T, int D> TTT_INLINE void store_rows(const Tile<T, D>& tile, int row, T* to, int64_t stride) {
-    by_chunks<D>([&](int r, int column) {
-        *reinterpret_cast<uint4*>(to + r * stride + column) = *reinterpret_cast<const uint4*>(tile.at(row + r, column));
-    });
+    auto store = [](T* to, const T* from) { *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from); };
+    if constexpr (256 % D == 0) {
+        const int r = lane_id() / (D / 8), column = lane_id() % (D / 8) * 8;
+        to += r * stride + column;
+#pragma unroll
+        for (int i = 0; i < D / 16; i++, to += 256 / D * stride) store(to, tile.at(row + r + 256 / D * i, column));
+    } else {
+        by_chunks<D>([&](int r, int column) { store(to + r * stride + column, tile.at(row + r, column)); });
+    }
 }
 
 template <typename T> struct Rows {  // of one tensor in one chain, from a token on
@@ -519,15 +584,22 @@ template <typename P, typename Work> TTT_INLINE void reader(const P& at, int ind
         return lane_id() < P::TURN && turn < turns ? work.lr(turn * P::GROUPS + group, lr_row) : 0.0f;
     };
     auto hand_over = [&](int turn, float lr) {  // the tokens have come
+        if (turn >= turns) return;
         if (lane_id() < P::TURN) at.lr(stage_of(turn))[lr_row] = lr;
-        named_arrive(P::ready(slot_of(turn)), P::HAND_OVER);
+        named_arrive(P::come(turn, slot_of(turn)), P::HAND_OVER);
     };
+    constexpr int LEAD = P::APART ? 1 : P::SLOTS;  // turns that tokens are handed over before
     for (int turn = 0; turn < P::STAGES - P::SLOTS; turn++) load(turn);
-    copy_async_wait<P::STAGES - 2 * P::SLOTS>();
-    for (int turn = 0; turn < min(P::SLOTS, turns); turn++) hand_over(turn, load_lr(turn));
+    copy_async_wait<P::STAGES - P::SLOTS - LEAD>();
+    for (int turn = 0; turn < LEAD; turn++) hand_over(turn, load_lr(turn));
 
+    float lr = load_lr(LEAD);
     for (int turn = 0; turn < turns; turn++) {
-        const float lr = load_lr(turn + P::SLOTS);
+        if (P::APART) {
+            copy_async_wait<P::AHEAD>();
+            hand_over(turn + LEAD, lr);
+            lr = load_lr(turn + LEAD + 1);
+        }
         if (P::TEAM == 1) {
             sync_warp();  // every lane's copies have come
             work.early(stage_of(turn));
@@ -536,8 +608,13 @@ template <typename P, typename Work> TTT_INLINE void reader(const P& at, int ind
         load(turn - P::SLOTS + P::STAGES);  // all of the team have left turn - SLOTS
         for (int i = 0; i < P::TURN / 16; i++)
             work.read(turn * P::GROUPS + group, slot_of(turn), stage_of(turn), i, row(i));
-        copy_async_wait<P::STAGES - 2 * P::SLOTS>();
-        if (turn + P::SLOTS < turns) hand_over(turn + P::SLOTS, lr);
+        if (P::APART) {
+            if (turn + P::SLOTS < turns) named_arrive(P::free(slot_of(turn)), P::HAND_OVER);
+        } else {
+            copy_async_wait<P::AHEAD>();
+            hand_over(turn + LEAD, lr);
+            lr = load_lr(turn + LEAD + 1);
+        }
     }
 }
 
@@ -545,7 +622,7 @@ template <typename P, typename Work> TTT_INLINE void reader(const P& at, int ind
 
 template <typename T, int D> TTT_INLINE void load_operand(uint32_t (&x)[D / 16][4], const Tile<T, D>& tile, int row) {
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) ldmatrix_x4(x[k], tile.lane(row, 16 * k));
+    for (int k = 0; k < D / 16; k++) ldmatrix_x4(x[k], tile.by_columns(row, 16 * k));
 }
 
 // z += x rows^T, where `rows` are rows [D, D] of a tile.
@@ -556,9 +633,9 @@ TTT_INLINE void add_product(float (&z)[D / 8][4], const uint32_t (&x)[D / 16][4]
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
             uint32_t r[4];
-            ldmatrix_x4(r, rows.lane(16 * j, 16 * k));
-            mma<T>(z[2 * j], x[k], r[0], r[2]);
-            mma<T>(z[2 * j + 1], x[k], r[1], r[3]);
+            ldmatrix_x4(r, rows.by_rows(16 * j, 16 * k));
+            mma<T>(z[2 * j], x[k], r[0], r[1]);
+            mma<T>(z[2 * j + 1], x[k], r[2], r[3]);
         }
 }
 
@@ -570,9 +647,9 @@ TTT_INLINE void product_16(float (&s)[2][4], const uint32_t (&x)[D / 16][4], con
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
         uint32_t r[4];
-        ldmatrix_x4(r, rows.lane(row, 16 * k));
-        mma<T>(s[0], x[k], r[0], r[2]);
-        mma<T>(s[1], x[k], r[1], r[3]);
+        ldmatrix_x4(r, rows.by_rows(row, 16 * k));
+        mma<T>(s[0], x[k], r[0], r[1]);
+        mma<T>(s[1], x[k], r[2], r[3]);
     }
 }
 
@@ -582,7 +659,7 @@ TTT_INLINE void add_product_16(float (&z)[D / 8][4], const uint32_t (&s)[4], con
 #pragma unroll
     for (int j = 0; j < D / 8; j += 2) {
         uint32_t r[4];
-        ldmatrix_x4_trans(r, rows.lane(row, 8 * j));
+        ldmatrix_x4_trans(r, rows.by_columns(row, 8 * j));
         mma<T>(z[j], s, r[0], r[1]);
         mma<T>(z[j + 1], s, r[2], r[3]);
     }
@@ -593,7 +670,6 @@ template <typename P> struct ReadOut {
     using T = typename P::T;
     static constexpr int D = P::D;
     const P& at;
-    float eps;
     uint32_t xq[D / 16][4];
     float attn[2][4];  // xq xk^T + 1 of 16 tokens and 16 keys
 
@@ -655,7 +731,7 @@ template <typename P> struct ReadOut {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             rstd[r] += shuffle_xor(rstd[r], 1);
-            rstd[r] = rsqrt((rstd[r] + shuffle_xor(rstd[r], 2)) / D + eps);
+            rstd[r] = rsqrt((rstd[r] + shuffle_xor(rstd[r], 2)) / D + *at.eps());
         }
 #pragma unroll
         for (int j = 0; j < D / 8; j++)

@@ -28,7 +28,7 @@ template <typename P> struct Save {
         saved += P::D * (P::D + 1);
         next += group;
     }
-    TTT_INLINE void token(int, int, int, const Token&, float, float) const {}
+    TTT_INLINE void token(int, int, int, const float4&, float, float) const {}
     TTT_INLINE void x_hat(int, int, int, int, const float (&)[2][2]) const {}
 };
 
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(TTT_THREADS, 1) linear_forward(const __grid_co
     const int warp = threadIdx.x / 32, mini_batches = int(a.mini_batches);
     const float* w1 = a.w1 + chain * D * D;
     const float* b1 = a.b1 + chain * D;
-    load_shared(at, a.ln_weight + chain % a.heads * D, a.ln_bias + chain % a.heads * D, a.token_eta);
+    load_shared(at, a.ln_weight + chain % a.heads * D, a.ln_bias + chain % a.heads * D, a.token_eta, a.eps);
     if (threadIdx.x <= D) {
         const float* row = threadIdx.x < D ? w1 + threadIdx.x * D : b1;
         float sum = 0.0f;
@@ -86,11 +86,11 @@ __global__ void __launch_bounds__(TTT_THREADS, 1) linear_forward(const __grid_co
         weights.load(w1, b1, at.mean(), 16 * warp);
         const int64_t saves = (a.mini_batches + a.group - 1) / a.group;
         Save<P> keep = {a.saved + chain * saves * (D * (D + 1)), int(a.group), 0};
-        recurrence(at, weights, warp, mini_batches, float(a.eps), keep);
+        recurrence(at, weights, warp, mini_batches, keep);
         weights.store(a.final_w1 + chain * D * D, a.final_b1 + chain * D, at.mean(), 16 * warp);
     } else {
         const int64_t h = a.heads;
-        Output<P> work = {{at, float(a.eps)}, {a.xq, chain, h}, {a.xk, chain, h}, {a.xv, chain, h}, {a.lr, chain, h},
+        Output<P> work = {{at}, {a.xq, chain, h}, {a.xk, chain, h}, {a.xv, chain, h}, {a.lr, chain, h},
                           {a.out, chain, h}};
         reader(at, warp - P::WARPS, mini_batches, work);
     }
