@@ -36,7 +36,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -155,8 +154,8 @@ def _store_rows(p, x, row, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constex
 
 @triton.jit
 def _multiply_add(a, b, c, scale, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """c + scale a @ b; fp16 would lose the small numbers of `scale a`."""
-    if DTYPE.is_fp16():
+    """c + scale a @ b; fp16 would lose the small numbers of `scale a`, and fp32 a rounding of c for every row of b."""
+    if DTYPE.is_fp16() or DTYPE.is_fp32():
         c += scale * matmul(a, b, DTYPE, PRECISION)
     else:
         c = matmul_add(scale * a, b, c, DTYPE, PRECISION)
@@ -225,9 +224,7 @@ def _recurrence(
         xk = load_tokens(inputs.xk, batch, head, first + i, M, D, BLOCK_D)
         c, lr = _turn(c_next, TURN), _over_tokens(lr_next.to(tl.float32), TURN)
         following = first + tl.minimum(i + 1, mini_batches - 1)
-        c_next, lr_next = _prepare(
-            inputs, batch, head, following, ln_weight[None, :], ln_bias[None, :], M, D, BLOCK_D
-        )
+        c_next, lr_next = _prepare(inputs, batch, head, following, ln_weight[None, :], ln_bias[None, :], M, D, BLOCK_D)
         if TURN:
             z1 = matmul_add(w, tl.trans(xk), b, DTYPE, PRECISION)  # [D, D] @ [D, M] -> [D, M]
         else:
@@ -398,11 +395,11 @@ def _reverse_recurrence(
         a, w_v, v_y = a * (1.0 / D), w_v * (1.0 / D), v_y * (1.0 / D)
         d_z1 = rstd * rstd * (scaled - q * v - a * y - (w_v - a * q1) - x_hat * (v_y - a * q3))
         d_z1 = _inside(d_z1, D, BLOCK_D, TURN)
-        d_w = matmul_add(d_z1 if TURN else tl.trans(d_z1), xk, d_w, DTYPE, PRECISION)
+        d_w = _multiply_add(d_z1 if TURN else tl.trans(d_z1), xk, d_w, 1.0, DTYPE, PRECISION)
         if TURN:
-            d_b = matmul_add(d_z1, ones, d_b, DTYPE, PRECISION)
+            d_b = _multiply_add(d_z1, ones, d_b, 1.0, DTYPE, PRECISION)
         else:
-            d_b = matmul_add(ones, d_z1, d_b, DTYPE, PRECISION)
+            d_b = _multiply_add(ones, d_z1, d_b, 1.0, DTYPE, PRECISION)
         if not AFTER:
             if i % R == 0:
                 d_w += load_matrix(pulled.read_w, chunk, D, BLOCK_D)
@@ -533,6 +530,18 @@ def backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) 
     return _add_up(parts, problem)
 
 
+def saved_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
+    """Of what `forward` saves beside the inputs, all fp32."""
+    states = len(_sizes(problem, default_group(problem)).segments) - 1
+    b, h, d = problem.batch, problem.heads, problem.head_dim
+    return (states, b, h, d, d), (states, b, h, d)
+
+
+def residuals(inputs: LinearInputs, saved: list[Tensor], problem: Problem) -> Residuals:
+    """What `forward` saved, as `backward` takes it."""
+    return Residuals(inputs, *saved, default_group(problem))
+
+
 class _Parts(NamedTuple):
     """Gradients, those of the shared parameters in parts: of each chunk, and of the read-out and of the update."""
 
@@ -557,9 +566,7 @@ def _add_up(parts: _Parts, problem: Problem) -> LinearInputs:
     )
 
 
-def plan_forward(
-    inputs: LinearInputs, problem: Problem, group: int
-) -> tuple[LinearOutputs, Residuals, list[Launch]]:
+def plan_forward(inputs: LinearInputs, problem: Problem, group: int) -> tuple[LinearOutputs, Residuals, list[Launch]]:
     """What `forward` gives, and the launches that fill it."""
     b, t, h, d = inputs.xq.shape
     like, sizes = inputs.xq, _sizes(problem, group)
@@ -580,9 +587,7 @@ def plan_forward(
     return outputs, residuals, launches
 
 
-def plan_backward(
-    cotangents: LinearOutputs, residuals: Residuals, problem: Problem
-) -> tuple[_Parts, list[Launch]]:
+def plan_backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) -> tuple[_Parts, list[Launch]]:
     """The gradients, still in parts, and the launches that fill them."""
     inputs, sizes = residuals.inputs, _sizes(problem, residuals.group)
     b, t, h, d = inputs.xq.shape
@@ -682,9 +687,7 @@ def _recur(
         "mini_batches": mini_batches,
     }
     constants = _constants(problem, sizes) | {"EPS": problem.eps, "KEEP": kept is not None} | _orientation(problem)
-    return Launch(
-        _recurrence, problem.batch * problem.heads, arguments, constants, _options("recurrence", problem)
-    )
+    return Launch(_recurrence, problem.batch * problem.heads, arguments, constants, _options("recurrence", problem))
 
 
 def _launch_chunks(
@@ -717,3 +720,12 @@ def _orientation(problem: Problem) -> dict[str, Any]:
 
 def _options(kind: str, problem: Problem) -> dict[str, int]:
     return {"num_warps": 4 if max(block_d(problem), problem.mini_batch) <= 64 else 8, "num_stages": 2}
+
+
+def static_kernels() -> Iterator[TritonKernel]:
+    """All kernels at the sizes of the named cases."""
+    for mini_batch, causal in ((16, True), (64, True), (64, False)):
+        problem = Problem("linear", 1, 256, 32, 64, mini_batch, causal, dtype="bf16")
+        outputs, residuals, launches = plan_forward(meta(LinearInputs, problem), problem, default_group(problem))
+        for launch in launches + plan_backward(outputs, residuals, problem)[1]:
+            yield launch.static("linear")
