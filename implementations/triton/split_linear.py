@@ -80,6 +80,7 @@ class Kept(NamedTuple):
 
     x_hat: Any  # [B H, tokens, D] I/O dtype
     y: Any  # [B H, tokens, D] I/O dtype
+    lr: Any  # [B H, tokens] fp32, one beside the other: the loop can fetch them ahead
     rstd: Any  # [B H, tokens]
     q: Any  # [B H, tokens]
     q1: Any  # [B H, tokens]
@@ -244,6 +245,7 @@ def _recurrence(
             _store_rows(kept.x_hat, _turn(rstd * z1, TURN), row, D, BLOCK_D, M)
             _store_rows(kept.y, _turn(2.0 * rstd * scaled + c, TURN), row, D, BLOCK_D, M)
             at = row + tl.arange(0, M)
+            tl.store(kept.lr + at, tl.sum(lr, AXIS))
             tl.store(kept.rstd + at, tl.sum(rstd, AXIS))
             tl.store(kept.q + at, tl.sum(q, AXIS))
             tl.store(kept.q1 + at, tl.sum(2.0 * half_q1, AXIS))
@@ -365,6 +367,8 @@ def _reverse_recurrence(
     d_b = tl.where(tl.arange(0, BLOCK_D) < D, d_b - mean_b, 0.0)
     ones = nearest(tl.full([M, M], 1.0, tl.float32), DTYPE)
     d_b = tl.zeros([BLOCK_D, M] if TURN else [M, BLOCK_D], tl.float32) + _over_d(d_b, TURN)
+    read_w = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    read_b = tl.zeros([BLOCK_D], tl.float32)
     for step in tl.range(0, mini_batches, num_stages=STAGES):
         i = mini_batches - 1 - step
         chunk = chain * (mini_batches // R) + i // R
@@ -372,12 +376,15 @@ def _reverse_recurrence(
             d_w += load_matrix(pulled.read_w, chunk, D, BLOCK_D)
             d_b += _over_d(load_row(pulled.read_b, chunk, D, BLOCK_D), TURN)
         if i % R == R - 1:
+            if not AFTER:  # needed when the chunk is done
+                read_w = load_matrix(pulled.read_w, chunk, D, BLOCK_D)
+                read_b = load_row(pulled.read_b, chunk, D, BLOCK_D)
             store_matrix(pulled.d_w, d_w, chunk, D, BLOCK_D)
             store_row(pulled.d_b, tl.max(d_b, 1 - AXIS), chunk, D, BLOCK_D)
         xk = load_tokens(inputs.xk, batch, head, first + i, M, D, BLOCK_D)
         row = (chain * mini_batches + i) * M
         at = row + tl.arange(0, M)
-        lr = _over_tokens(tl.load(token_pointers(inputs.lr, batch, head, first + i, M)).to(tl.float32), TURN)
+        lr = _over_tokens(tl.load(kept.lr + at), TURN)
         rstd, q = _over_tokens(tl.load(kept.rstd + at), TURN), _over_tokens(tl.load(kept.q + at), TURN)
         q1, q3 = _over_tokens(tl.load(kept.q1 + at), TURN), _over_tokens(tl.load(kept.q3 + at), TURN)
         x_hat = _turn(_rows(kept.x_hat, row, D, BLOCK_D, M), TURN).to(tl.float32)
@@ -400,10 +407,9 @@ def _reverse_recurrence(
             d_b = _multiply_add(d_z1, ones, d_b, 1.0, DTYPE, PRECISION)
         else:
             d_b = _multiply_add(ones, d_z1, d_b, 1.0, DTYPE, PRECISION)
-        if not AFTER:
-            if i % R == 0:
-                d_w += load_matrix(pulled.read_w, chunk, D, BLOCK_D)
-                d_b += _over_d(load_row(pulled.read_b, chunk, D, BLOCK_D), TURN)
+        if not AFTER and i % R == 0:
+            d_w += read_w
+            d_b += _over_d(read_b, TURN)
     store_matrix(d_start.w, tl.trans(_inside(d_w + mean_w[None, :], D, BLOCK_D, True)), chain, D, BLOCK_D)
     store_row(d_start.b, tl.max(d_b, 1 - AXIS) + mean_b, chain, D, BLOCK_D)
 
@@ -604,7 +610,7 @@ def plan_backward(cotangents: LinearOutputs, residuals: Residuals, problem: Prob
     parts = _Parts(gradients, empty(like, b * h * chunks, c), empty(like, b * h * chunks, 2, c), ln_weight, ln_bias)
     segment = _segment(like, problem, sizes)
     rows = b, h, longest * c
-    kept = Kept(*(empty(like, *rows, d, dtype=like.dtype) for _ in range(2)), *(empty(like, *rows) for _ in range(4)))
+    kept = Kept(*(empty(like, *rows, d, dtype=like.dtype) for _ in range(2)), *(empty(like, *rows) for _ in range(5)))
     pulled = Pulled(
         empty(like, b, h, longest, d, d),
         empty(like, b, h, longest, d),
@@ -674,7 +680,7 @@ def _recur(
     residuals: Residuals, problem: Problem, sizes: _Sizes, number: int, end: State, segment: Segment, kept: Kept | None
 ) -> Launch:
     inputs, (first, mini_batches) = residuals.inputs, sizes.segments[number]
-    nothing = Kept(*[inputs.token_eta] * 6)
+    nothing = Kept(*[inputs.token_eta] * 7)
     arguments = {
         "inputs": tokens(*inputs[:4]),
         "shared": Shared(*inputs[4:7]),
@@ -715,11 +721,11 @@ def _constants(problem: Problem, sizes: _Sizes) -> dict[str, Any]:
 
 
 def _orientation(problem: Problem) -> dict[str, Any]:
-    return {"TURN": problem.mini_batch <= 32, "STAGES": 2}
+    return {"TURN": problem.mini_batch <= 32, "STAGES": 3}
 
 
 def _options(kind: str, problem: Problem) -> dict[str, int]:
-    return {"num_warps": 4 if max(block_d(problem), problem.mini_batch) <= 64 else 8, "num_stages": 2}
+    return {"num_warps": 4 if max(block_d(problem), problem.mini_batch) <= 64 else 8, "num_stages": 3}
 
 
 def static_kernels() -> Iterator[TritonKernel]:
