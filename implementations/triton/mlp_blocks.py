@@ -167,11 +167,10 @@ def copy_record(
 @triton.jit
 def _sigmoids(z):
     """sigmoid(v), sigmoid(-v): one exponential, and neither cancels nor overflows."""
-    v = (z + z * z * z * _CUBIC) * _SCALE
-    small = tl.exp(-tl.abs(v))
-    larger = 1 / (1 + small)
-    smaller = small * larger
-    return tl.where(v >= 0, larger, smaller), tl.where(v >= 0, smaller, larger)
+    v = tl.maximum((z + z * z * z * _CUBIC) * _SCALE, -80.0)
+    e = tl.exp(-v)
+    s = 1 / (1 + e)
+    return s, e * s
 
 
 @triton.jit
