@@ -39,7 +39,7 @@ from implementations.triton.blocks import (
     token_pointers,
     wide,
 )
-from implementations.triton.mlp_blocks import gelu_second
+from implementations.triton.mlp_blocks import gelu_first, gelu_second
 from implementations.triton.mlp_readout import inner, load_hidden
 from implementations.triton.mlp_trace import load_weights, mean_over_rows, store_weights
 
@@ -66,7 +66,9 @@ def scan(
     chain = tl.program_id(0)
     batch, head = chain // heads, chain % heads
     f, d, m = tl.arange(0, F), tl.arange(0, D), tl.arange(0, BT)
-    tile = f[:, None] * D + d[None, :]
+    tile = f[:, None] * D + d[None, :]  # offsets in [F, D], [F, C] and [D, C]
+    hidden = f[:, None] * C + m[None, :]
+    row = d[:, None] * C + m[None, :]
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = tl.load(shared.ln_weight + head * D + d)[:, None]
     ln_bias = tl.load(shared.ln_bias + head * D + d)[:, None]
@@ -85,32 +87,31 @@ def scan(
         p_w2 = trace.w2 + (chunk * R + i % R) * D * F
         for j in range(0, M, BT):
             block = (first + i) * (M // BT) + j // BT
-            at_f = chunk * F * C + f[:, None] * C + column + j + m[None, :]
-            at_d = chunk * D * C + d[:, None] * C + column + j + m[None, :]
+            at_f, at_d = chunk * F * C + column + j, chunk * D * C + column + j
             xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
             xv = load_tokens(inputs.xv, batch, head, block, BT, D, D)
             lr = tl.load(token_pointers(inputs.lr, batch, head, block, BT)).to(tl.float32)
             eta_lr = (eta_last * lr)[None, :]
             w2_columns = tl.load(p_w2 + f[None, :] * D + d[:, None])  # [D, F]
             w2_rows = tl.load(p_w2 + tile)  # [F, D]
-            z1 = tl.load(trace.z1 + at_f).to(tl.float32)
-            g_x2 = tl.load(trace.g_x2 + at_f).to(tl.float32)
-            g_z2 = tl.load(trace.g_z2 + at_d)
-            x_hat = tl.load(trace.x_hat + at_d)
-            rstd = tl.load(trace.rstd + chunk * C + column + j + m)[None, :]
-            x2, slope, bend = gelu_second(z1)
+            g_z2 = tl.load(trace.g_z2 + at_d + row)
+            x2, slope = gelu_first(tl.load(trace.z1 + at_f + hidden).to(tl.float32))
             x2 = nearest(x2, DTYPE)
 
+            d_x2 = tl.load(pulled.d_x2 + at_f + hidden).to(tl.float32)
+            d_x2 = matmul_add(d_w2_rows, -eta_lr * g_z2.to(tl.float32), d_x2, DTYPE, "ieee")  # [F, D] @ [D, M]
             pulled1 = matmul(d_w1_start, tl.trans(xk), DTYPE, "ieee") + d_b1_start[:, None]  # [F, D] @ [D, M]
             pulled2 = matmul(d_w2_start, x2, DTYPE, "ieee") + d_b2_start[:, None]  # [D, F] @ [F, M] -> [D, M]
-            d_g_z1 = tl.load(pulled.d_g_z1 + at_f).to(tl.float32) - eta_lr * pulled1
+            d_g_z1 = tl.load(pulled.d_g_z1 + at_f + hidden).to(tl.float32) - eta_lr * pulled1
             d_g_x2 = nearest(d_g_z1 * slope, DTYPE)
-            d_g_z2 = tl.load(pulled.d_g_z2 + at_d) - eta_lr * pulled2
+            d_g_z2 = tl.load(pulled.d_g_z2 + at_d + row) - eta_lr * pulled2
             d_g_z2 = matmul_add(w2_columns, d_g_x2, d_g_z2, DTYPE, "ieee")  # [D, F] @ [F, M] -> [D, M]
-            tl.store(walked.pulled2 + at_d, pulled2)
-            tl.store(walked.d_g_z2 + at_d, d_g_z2)
+            tl.store(walked.pulled2 + at_d + row, pulled2)
+            tl.store(walked.d_g_z2 + at_d + row, d_g_z2)
 
             # The inner gradient, second order, as `blocks.inner_gradient_backward`.
+            x_hat = tl.load(trace.x_hat + at_d + row)
+            rstd = tl.load(trace.rstd + chunk * C + column + j + m)[None, :]
             target = tl.trans(xv.to(tl.float32) - xk.to(tl.float32))
             p = ln_weight * (ln_weight * x_hat + ln_bias - target)
             along_d_g = mean_over_rows(d_g_z2 * x_hat, D)
@@ -123,13 +124,14 @@ def scan(
             d_b2 += tl.sum(d_z2, 1)
             d_z2 = nearest(d_z2, DTYPE)
 
-            d_x2 = tl.load(pulled.d_x2 + at_f).to(tl.float32)
             d_x2 = matmul_add(w2_rows, d_z2, d_x2, DTYPE, "ieee")  # [F, D] @ [D, M] -> [F, M]
-            d_x2 = matmul_add(d_w2_rows, -eta_lr * g_z2.to(tl.float32), d_x2, DTYPE, "ieee")
+            # Loaded and computed again, so that no register holds them through the LayerNorm.
+            _, slope, bend = gelu_second(tl.load(trace.z1 + at_f + hidden).to(tl.float32))
+            g_x2 = tl.load(trace.g_x2 + at_f + hidden).to(tl.float32)
             d_z1 = d_x2 * slope + d_g_z1 * g_x2 * bend
             d_b1 += tl.sum(d_z1, 1)
             d_z1 = nearest(d_z1, DTYPE)
-            tl.store(walked.d_z1 + at_f, d_z1)
+            tl.store(walked.d_z1 + at_f + hidden, d_z1)
             d_w1 = matmul_add(d_z1, xk, d_w1, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
             d_w2 = matmul_add(x2, tl.trans(d_z2), d_w2, DTYPE, "ieee")
             d_w2 = matmul_add(d_g_x2, tl.trans(g_z2), d_w2, DTYPE, "ieee")

@@ -92,6 +92,9 @@ def recurrence(
     chain = tl.program_id(0)
     batch, head = chain // heads, chain % heads
     f, d, m = tl.arange(0, F), tl.arange(0, D), tl.arange(0, BT)
+    tile = f[:, None] * D + d[None, :]  # offsets in [F, D], [F, C] and [D, C]
+    hidden = f[:, None] * C + m[None, :]
+    row = d[:, None] * C + m[None, :]
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = tl.load(shared.ln_weight + head * D + d)[:, None]
     ln_bias = tl.load(shared.ln_bias + head * D + d)[:, None]
@@ -105,24 +108,23 @@ def recurrence(
         b1_start, b2_start = b1, b2
         w2_rows = nearest(w2, DTYPE)
         if BACKWARD:
-            tl.store(trace.w2 + (chunk * R + i % R) * D * F + f[:, None] * D + d[None, :], w2_rows)
+            tl.store(trace.w2 + (chunk * R + i % R) * D * F + tile, w2_rows)
         if i % R == 0:
-            tl.store(trace.w1 + chunk * D * F + f[:, None] * D + d[None, :], nearest(w1, DTYPE))
+            tl.store(trace.w1 + chunk * D * F + tile, nearest(w1, DTYPE))
             tl.store(trace.b1 + chunk * F + f, b1)
             if not BACKWARD:
-                tl.store(trace.w2 + chunk * D * F + f[:, None] * D + d[None, :], w2_rows)
+                tl.store(trace.w2 + chunk * D * F + tile, w2_rows)
             tl.store(trace.b2 + chunk * D + d, b2)
         for j in range(0, M, BT):
             block = (first + i) * (M // BT) + j // BT
             xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
             xv = load_tokens(inputs.xv, batch, head, block, BT, D, D)
             lr = tl.load(token_pointers(inputs.lr, batch, head, block, BT)).to(tl.float32)
-            at_f = chunk * F * C + f[:, None] * C + column + j + m[None, :]
-            at_d = chunk * D * C + d[:, None] * C + column + j + m[None, :]
+            at_f, at_d = chunk * F * C + column + j, chunk * D * C + column + j
 
             z1 = matmul(w1_start, tl.trans(xk), DTYPE, "ieee") + b1_start[:, None]  # [F, D] @ [D, M] -> [F, M]
             x2, slope = gelu_first(z1)
-            tl.store(trace.z1 + at_f, nearest(z1, DTYPE))
+            tl.store(trace.z1 + at_f + hidden, nearest(z1, DTYPE))
             x2 = nearest(x2, DTYPE)
             z2 = matmul(w2_start, x2, DTYPE, "ieee") + b2_start[:, None]  # [D, F] @ [F, M] -> [D, M]
 
@@ -143,10 +145,10 @@ def recurrence(
             w2 = matmul_add(x2, tl.trans(SCALE * lr_g_z2), w2, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
             b2 += tl.sum(lr_g_z2, 1)
 
-            tl.store(trace.g_x2 + at_f, nearest(g_x2, DTYPE))
-            tl.store(trace.g_z2 + at_d, nearest(g_z2, DTYPE))
+            tl.store(trace.g_x2 + at_f + hidden, nearest(g_x2, DTYPE))
+            tl.store(trace.g_z2 + at_d + row, nearest(g_z2, DTYPE))
             if BACKWARD:
-                tl.store(trace.x_hat + at_d, x_hat)
+                tl.store(trace.x_hat + at_d + row, x_hat)
                 tl.store(trace.rstd + chunk * C + column + j + m, rstd)
         w1_start = nearest(w1, DTYPE)
         w2_start = tl.trans(nearest(w2, DTYPE))
