@@ -35,7 +35,7 @@ from implementations.triton.blocks import (
     token_pointers,
     wide,
 )
-from implementations.triton.mlp_blocks import gelu, gelu_first
+from implementations.triton.mlp_blocks import gelu, gelu_first, gelu_second
 
 
 class Pulled(NamedTuple):
@@ -50,6 +50,9 @@ class Pulled(NamedTuple):
     d_b2: Any  # [B H K D], fp32
     d_xk: Any  # [B H K C D], fp32
     d_lr: Any  # [B H K C], fp32
+    x2: Any  # [B H K F C], and what the scan multiplies with, as the next two
+    slope: Any  # [B H K F C], gelu'(z1)
+    curve: Any  # [B H K F C], g_x2 gelu''(z1)
 
 
 class Sums(NamedTuple):
@@ -100,17 +103,15 @@ def inner(trace, chunk, f, BF: tl.constexpr, F: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def first_layer(
-    trace, chunk, slot, f, xq, scores1, BF: tl.constexpr, D: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr
+    trace, chunk, slot, f, xq, scores1, g_z1, BF: tl.constexpr, D: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """(z1_bar [C, BF], x2^T, g_z1^T [BF, C], w1^T, w2 [BF, D])."""
-    F: tl.constexpr = 4 * D
-    x2, g_z1 = inner(trace, chunk, f, BF, F, C)
-    w1 = load_hidden(trace.w1, chunk, f, BF, F, D)
-    w2 = load_hidden(trace.w2, slot, f, BF, F, D)
-    b1 = tl.load(trace.b1 + chunk * F + f + tl.arange(0, BF))
+    """(z1_bar [C, BF], w1^T, w2 [BF, D])."""
+    w1 = load_hidden(trace.w1, chunk, f, BF, 4 * D, D)
+    w2 = load_hidden(trace.w2, slot, f, BF, 4 * D, D)
+    b1 = tl.load(trace.b1 + chunk * 4 * D + f + tl.arange(0, BF))
     z1_bar = matmul(xq, tl.trans(w1), DTYPE, "ieee") + b1[None, :]  # [C, D] @ [D, BF] -> [C, BF]
     z1_bar -= matmul(scores1, tl.trans(g_z1), DTYPE, "ieee")  # [C, C] @ [C, BF] -> [C, BF]
-    return z1_bar, x2, g_z1, w1, w2
+    return z1_bar, w1, w2
 
 
 @triton.jit
@@ -122,7 +123,8 @@ def second_layer(
     z2_bar = tl.zeros([C, D], tl.float32)
     attn2 = tl.full([C, C], 1.0, tl.float32)
     for f in tl.range(0, 4 * D, BF, num_stages=STAGES):
-        z1_bar, x2, _, _, w2 = first_layer(trace, chunk, slot, f, xq, scores1, BF, D, C, DTYPE)
+        x2, g_z1 = inner(trace, chunk, f, BF, 4 * D, C)
+        z1_bar, _, w2 = first_layer(trace, chunk, slot, f, xq, scores1, g_z1, BF, D, C, DTYPE)
         x2_bar = nearest(gelu(z1_bar), DTYPE)
         attn2 = matmul_add(x2_bar, x2, attn2, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
         z2_bar = matmul_add(x2_bar, w2, z2_bar, DTYPE, "ieee")  # [C, BF] @ [BF, D] -> [C, D]
@@ -197,7 +199,15 @@ def read_out_backward(
     d_x_q = d_o
     d_scores = tl.zeros([C, C], tl.float32)
     for f in tl.range(0, F, BF, num_stages=STAGES):
-        z1_bar, x2, g_z1, w1, w2 = first_layer(trace, chunk, slot, f, xq, scores1, BF, D, C, DTYPE)
+        # What the scan would else compute from z1.
+        x2, slope, bend = gelu_second(load_hidden(trace.z1, chunk, f, BF, F, C).to(tl.float32))
+        g_x2 = load_hidden(trace.g_x2, chunk, f, BF, F, C).to(tl.float32)
+        x2, g_z1 = nearest(x2, DTYPE), nearest(g_x2 * slope, DTYPE)
+        store_hidden(pulled.x2, x2, chunk, f, BF, F, C)
+        store_hidden(pulled.slope, slope, chunk, f, BF, F, C)
+        store_hidden(pulled.curve, g_x2 * bend, chunk, f, BF, F, C)
+
+        z1_bar, w1, w2 = first_layer(trace, chunk, slot, f, xq, scores1, g_z1, BF, D, C, DTYPE)
         x2_bar, slope = gelu_first(z1_bar)
         x2_bar = nearest(x2_bar, DTYPE)
         d_x2_bar = matmul(d_z2_bar, tl.trans(w2), DTYPE, "ieee")  # [C, D] @ [D, BF] -> [C, BF]

@@ -39,9 +39,8 @@ from implementations.triton.blocks import (
     token_pointers,
     wide,
 )
-from implementations.triton.mlp_blocks import gelu_first, gelu_second
 from implementations.triton.mlp_readout import inner, load_hidden
-from implementations.triton.mlp_trace import load_weights, mean_over_rows, store_weights
+from implementations.triton.mlp_trace import load_weights, store_weights, sum_5
 
 
 class Walked(NamedTuple):
@@ -69,18 +68,19 @@ def scan(
     tile = f[:, None] * D + d[None, :]  # offsets in [F, D], [F, C] and [D, C]
     hidden = f[:, None] * C + m[None, :]
     row = d[:, None] * C + m[None, :]
+    across = d[None, :] * C + m[:, None]
     eta_last = tl.load(shared.token_eta + M - 1)
-    ln_weight = tl.load(shared.ln_weight + head * D + d)[:, None]
-    ln_bias = tl.load(shared.ln_bias + head * D + d)[:, None]
+    ln_weight = tl.load(shared.ln_weight + head * D + d)
+    mean_gamma2 = tl.sum(ln_weight * ln_weight) * (1.0 / D)
+    gamma2 = (ln_weight * ln_weight)[None, :]
     d_w1, d_b1, d_w2, d_b2 = load_weights(start, wide(chain), D)
     d_w1_start = nearest(d_w1, DTYPE)
-    d_w2_start = tl.trans(nearest(d_w2, DTYPE))
+    d_w2_start = nearest(d_w2, DTYPE)
     for back in range(count):
         i = count - 1 - back
         chunk = wide(chain) * tl.cdiv(count, R) + i // R
         column = (i % R) * M
         d_b1_start, d_b2_start = d_b1, d_b2
-        d_w2_rows = nearest(d_w2, DTYPE)
         if i % R == R - 1:
             tl.store(walked.d_w1 + chunk * D * F + tile, nearest(d_w1, DTYPE))
             tl.store(walked.d_b1 + chunk * F + f, d_b1)
@@ -88,52 +88,59 @@ def scan(
         for j in range(0, M, BT):
             block = (first + i) * (M // BT) + j // BT
             at_f, at_d = chunk * F * C + column + j, chunk * D * C + column + j
+            token = chunk * C + column + j + m
+            # All loads first: none waits behind a barrier.
             xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
-            xv = load_tokens(inputs.xv, batch, head, block, BT, D, D)
             lr = tl.load(token_pointers(inputs.lr, batch, head, block, BT)).to(tl.float32)
-            eta_lr = (eta_last * lr)[None, :]
-            w2_columns = tl.load(p_w2 + f[None, :] * D + d[:, None])  # [D, F]
             w2_rows = tl.load(p_w2 + tile)  # [F, D]
-            g_z2 = tl.load(trace.g_z2 + at_d + row)
-            x2, slope = gelu_first(tl.load(trace.z1 + at_f + hidden).to(tl.float32))
-            x2 = nearest(x2, DTYPE)
+            x2 = tl.load(pulled.x2 + at_f + hidden)  # [F, M]
+            g_z2 = tl.load(trace.g_z2 + at_d + row)  # [D, M]
+            d_x2 = tl.load(pulled.d_x2 + at_f + hidden)
+            d_g_z1 = tl.load(pulled.d_g_z1 + at_f + hidden)
+            slope = tl.load(pulled.slope + at_f + hidden)
+            curve = tl.load(pulled.curve + at_f + hidden)
+            d_g_z2 = tl.load(pulled.d_g_z2 + at_d + across)  # [M, D]
+            x_hat = tl.load(trace.x_hat + at_d + across)
+            p = tl.load(trace.p + at_d + across)
+            rstd = tl.load(trace.rstd + token)[:, None]
+            mean_p = tl.load(trace.mean_p + token)[:, None]
+            along_p = tl.load(trace.along_p + token)[:, None]
+            mean1 = tl.load(trace.mean1 + token)[:, None]
+            mean2 = tl.load(trace.mean2 + token)[:, None]
+            eta_lr = eta_last * lr
 
-            d_x2 = tl.load(pulled.d_x2 + at_f + hidden).to(tl.float32)
-            d_x2 = matmul_add(d_w2_rows, -eta_lr * g_z2.to(tl.float32), d_x2, DTYPE, "ieee")  # [F, D] @ [D, M]
             pulled1 = matmul(d_w1_start, tl.trans(xk), DTYPE, "ieee") + d_b1_start[:, None]  # [F, D] @ [D, M]
-            pulled2 = matmul(d_w2_start, x2, DTYPE, "ieee") + d_b2_start[:, None]  # [D, F] @ [F, M] -> [D, M]
-            d_g_z1 = tl.load(pulled.d_g_z1 + at_f + hidden).to(tl.float32) - eta_lr * pulled1
-            d_g_x2 = nearest(d_g_z1 * slope, DTYPE)
-            d_g_z2 = tl.load(pulled.d_g_z2 + at_d + row) - eta_lr * pulled2
-            d_g_z2 = matmul_add(w2_columns, d_g_x2, d_g_z2, DTYPE, "ieee")  # [D, F] @ [F, M] -> [D, M]
-            tl.store(walked.pulled2 + at_d + row, pulled2)
-            tl.store(walked.d_g_z2 + at_d + row, d_g_z2)
+            d_g_z1 = d_g_z1.to(tl.float32) - eta_lr[None, :] * pulled1
+            d_g_x2 = nearest(d_g_z1 * slope.to(tl.float32), DTYPE)
+            pulled2 = matmul(tl.trans(x2), d_w2_start, DTYPE, "ieee") + d_b2_start[None, :]  # [M, F] @ [F, D]
+            d_g_z2 -= eta_lr[:, None] * pulled2
+            d_g_z2 = matmul_add(tl.trans(d_g_x2), w2_rows, d_g_z2, DTYPE, "ieee")  # [M, F] @ [F, D] -> [M, D]
+            tl.store(walked.pulled2 + at_d + across, pulled2)
+            tl.store(walked.d_g_z2 + at_d + across, d_g_z2)
+            d_x2 = d_x2.to(tl.float32)
+            d_x2 = matmul_add(d_w2_start, -eta_lr[None, :] * g_z2.to(tl.float32), d_x2, DTYPE, "ieee")  # [F, D] @ [D, M]
 
-            # The inner gradient, second order, as `blocks.inner_gradient_backward`.
-            x_hat = tl.load(trace.x_hat + at_d + row)
-            rstd = tl.load(trace.rstd + chunk * C + column + j + m)[None, :]
-            target = tl.trans(xv.to(tl.float32) - xk.to(tl.float32))
-            p = ln_weight * (ln_weight * x_hat + ln_bias - target)
-            along_d_g = mean_over_rows(d_g_z2 * x_hat, D)
-            d_p = rstd * (d_g_z2 - mean_over_rows(d_g_z2, D) - x_hat * along_d_g)
-            d_x_hat = ln_weight * ln_weight * d_p - rstd * (mean_over_rows(p * x_hat, D) * d_g_z2 + along_d_g * p)
-            g = rstd * (p - mean_over_rows(p, D) - x_hat * mean_over_rows(p * x_hat, D))
-            through_rstd = mean_over_rows(d_g_z2 * g, D)
-            d_z2 = rstd * (d_x_hat - mean_over_rows(d_x_hat, D) - x_hat * mean_over_rows(d_x_hat * x_hat, D))
-            d_z2 -= rstd * x_hat * through_rstd
-            d_b2 += tl.sum(d_z2, 1)
+            # `blocks.inner_gradient_backward`: linear in d_g_z2, so one round of sums is enough.
+            scaled = gamma2 * d_g_z2
+            mean, along, with_p, mean_s, along_s = sum_5(
+                d_g_z2, d_g_z2 * x_hat, d_g_z2 * p, scaled, scaled * x_hat, 1
+            )
+            mean, along = mean[:, None] * (1.0 / D), along[:, None] * (1.0 / D)
+            through_rstd = with_p[:, None] * (1.0 / D) - mean_p * mean - along_p * along
+            mean_x = mean_s[:, None] * (1.0 / D) - mean * mean_gamma2 - along * mean1 - along_p * mean - along * mean_p
+            along_x = along_s[:, None] * (1.0 / D) - mean * mean1 - along * mean2 - 2 * along_p * along
+            d_x_hat = gamma2 * (d_g_z2 - mean - x_hat * along) - along_p * d_g_z2 - along * p
+            d_z2 = rstd * rstd * (d_x_hat - mean_x - x_hat * (along_x + through_rstd))
+            d_b2 += tl.sum(d_z2, 0)
             d_z2 = nearest(d_z2, DTYPE)
 
-            d_x2 = matmul_add(w2_rows, d_z2, d_x2, DTYPE, "ieee")  # [F, D] @ [D, M] -> [F, M]
-            # Loaded and computed again, so that no register holds them through the LayerNorm.
-            _, slope, bend = gelu_second(tl.load(trace.z1 + at_f + hidden).to(tl.float32))
-            g_x2 = tl.load(trace.g_x2 + at_f + hidden).to(tl.float32)
-            d_z1 = d_x2 * slope + d_g_z1 * g_x2 * bend
+            d_x2 = matmul_add(w2_rows, tl.trans(d_z2), d_x2, DTYPE, "ieee")  # [F, D] @ [D, M] -> [F, M]
+            d_z1 = d_x2 * slope.to(tl.float32) + d_g_z1 * curve.to(tl.float32)
             d_b1 += tl.sum(d_z1, 1)
             d_z1 = nearest(d_z1, DTYPE)
             tl.store(walked.d_z1 + at_f + hidden, d_z1)
             d_w1 = matmul_add(d_z1, xk, d_w1, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
-            d_w2 = matmul_add(x2, tl.trans(d_z2), d_w2, DTYPE, "ieee")
+            d_w2 = matmul_add(x2, d_z2, d_w2, DTYPE, "ieee")
             d_w2 = matmul_add(d_g_x2, tl.trans(g_z2), d_w2, DTYPE, "ieee")
         if i % R == 0:
             d_w1 += tl.load(pulled.d_w1 + chunk * D * F + tile).to(tl.float32)
@@ -141,7 +148,7 @@ def scan(
             d_w2 += tl.load(pulled.d_w2 + chunk * D * F + tile).to(tl.float32)
             d_b2 += tl.load(pulled.d_b2 + chunk * D + d)
         d_w1_start = nearest(d_w1, DTYPE)
-        d_w2_start = tl.trans(nearest(d_w2, DTYPE))
+        d_w2_start = nearest(d_w2, DTYPE)
     store_weights(end, wide(chain), d_w1, d_b1, d_w2, d_b2, D)
 
 

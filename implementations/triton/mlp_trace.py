@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from implementations.triton.blocks import load_tokens, matmul, matmul_add, nearest, token_pointers, wide
-from implementations.triton.mlp_blocks import gelu_first
+from implementations.triton.mlp_blocks import INTERPRETED, gelu_first
 
 
 class Weights(NamedTuple):
@@ -44,8 +44,13 @@ class Trace(NamedTuple):
     b1: Any  # [B H K F], fp32
     w2: Any  # [B H K F D]; for the backward at the start of every mini-batch, [B H K C/M F D]
     b2: Any  # [B H K D], fp32
-    x_hat: Any  # [B H K D C], fp32, of z2; for the backward alone, as the next one
-    rstd: Any  # [B H K C], fp32
+    x_hat: Any  # [B H K D C], fp32, of z2; for the backward alone, as all that follows
+    p: Any  # [B H K D C], fp32, ln_weight (LN(z2) - (xv - xk))
+    rstd: Any  # [B H K C], fp32, as the next four
+    mean_p: Any
+    along_p: Any  # mean of p x_hat
+    mean1: Any  # mean of ln_weight^2 x_hat
+    mean2: Any  # mean of ln_weight^2 x_hat^2
 
 
 @triton.jit
@@ -73,9 +78,45 @@ def store_weights(weights, at, w1, b1, w2, b2, D: tl.constexpr):
 
 
 @triton.jit
-def mean_over_rows(x, D: tl.constexpr):
-    """[D, M] -> [1, M]."""
-    return tl.sum(x, 0, keep_dims=True) * (1.0 / D)
+def _add_2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _add_4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def _add_5(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+
+@triton.jit
+def sum_2(a, b, AXIS: tl.constexpr):
+    """The sums of two blocks at once: warps meet once for all of them."""
+    if INTERPRETED:
+        return tl.sum(a, AXIS), tl.sum(b, AXIS)
+    else:
+        return tl.reduce((a, b), AXIS, _add_2)
+
+
+@triton.jit
+def sum_4(a, b, c, d, AXIS: tl.constexpr):
+    """As `sum_2`."""
+    if INTERPRETED:
+        return tl.sum(a, AXIS), tl.sum(b, AXIS), tl.sum(c, AXIS), tl.sum(d, AXIS)
+    else:
+        return tl.reduce((a, b, c, d), AXIS, _add_4)
+
+
+@triton.jit
+def sum_5(a, b, c, d, e, AXIS: tl.constexpr):
+    """As `sum_2`."""
+    if INTERPRETED:
+        return tl.sum(a, AXIS), tl.sum(b, AXIS), tl.sum(c, AXIS), tl.sum(d, AXIS), tl.sum(e, AXIS)
+    else:
+        return tl.reduce((a, b, c, d, e), AXIS, _add_5)
 
 
 @triton.jit(do_not_specialize=["start_states", "end_states", "first", "count"])
@@ -98,6 +139,7 @@ def recurrence(
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = tl.load(shared.ln_weight + head * D + d)[:, None]
     ln_bias = tl.load(shared.ln_bias + head * D + d)[:, None]
+    gamma2 = ln_weight * ln_weight
     w1, b1, w2, b2 = load_weights(start, wide(chain) * start_states, D)
     # Rounded copies that the loop carries: Triton takes those from shared memory, and others from registers.
     w1_start = nearest(w1, DTYPE)
@@ -128,12 +170,21 @@ def recurrence(
             x2 = nearest(x2, DTYPE)
             z2 = matmul(w2_start, x2, DTYPE, "ieee") + b2_start[:, None]  # [D, F] @ [F, M] -> [D, M]
 
-            centred = z2 - mean_over_rows(z2, D)
-            rstd = tl.rsqrt(tl.sum(centred * centred, 0) * (1.0 / D) + EPS)
-            x_hat = centred * rstd[None, :]
+            # Two sums after each other: of z2, and of all that its mean is taken from.
             target = tl.trans(xv.to(tl.float32) - xk.to(tl.float32))
-            p = ln_weight * (ln_weight * x_hat + ln_bias - target)
-            g_z2 = rstd[None, :] * (p - mean_over_rows(p, D) - x_hat * mean_over_rows(p * x_hat, D))
+            q = ln_weight * (ln_bias - target)
+            sum_z2, sum_q = sum_2(z2, q, 0)
+            centred = z2 - (sum_z2 * (1.0 / D))[None, :]
+            scaled = gamma2 * centred
+            variance, mean1, mean2, mean_q = sum_4(centred * centred, scaled, scaled * centred, q * centred, 0)
+            rstd = tl.rsqrt(variance * (1.0 / D) + EPS)
+            mean1 *= rstd * (1.0 / D)  # of gamma^2 x_hat
+            mean2 *= rstd * rstd * (1.0 / D)  # of gamma^2 x_hat^2
+            mean_p = mean1 + sum_q * (1.0 / D)
+            along_p = mean2 + rstd * mean_q * (1.0 / D)  # the mean of p x_hat
+            x_hat = centred * rstd[None, :]
+            p = gamma2 * x_hat + q
+            g_z2 = rstd[None, :] * (p - mean_p[None, :] - x_hat * along_p[None, :])
 
             g_x2 = matmul(w2_rows, g_z2, DTYPE, "ieee")  # [F, D] @ [D, M] -> [F, M]
             g_z1 = (-eta_last) * g_x2 * slope
@@ -148,8 +199,14 @@ def recurrence(
             tl.store(trace.g_x2 + at_f + hidden, nearest(g_x2, DTYPE))
             tl.store(trace.g_z2 + at_d + row, nearest(g_z2, DTYPE))
             if BACKWARD:
+                token = chunk * C + column + j + m
                 tl.store(trace.x_hat + at_d + row, x_hat)
-                tl.store(trace.rstd + chunk * C + column + j + m, rstd)
+                tl.store(trace.p + at_d + row, p)
+                tl.store(trace.rstd + token, rstd)
+                tl.store(trace.mean_p + token, mean_p)
+                tl.store(trace.along_p + token, along_p)
+                tl.store(trace.mean1 + token, mean1)
+                tl.store(trace.mean2 + token, mean2)
         w1_start = nearest(w1, DTYPE)
         w2_start = tl.trans(nearest(w2, DTYPE))
     store_weights(end, wide(chain) * end_states, w1, b1, w2, b2, D)

@@ -120,6 +120,7 @@ def plan_backward(
     pulled = Pulled(
         scratch(f, c, dtype=io), scratch(f, c, dtype=io), scratch(d, c),
         scratch(f, d, dtype=io), scratch(f), scratch(f, d, dtype=io), scratch(d), scratch(c, d), scratch(c),
+        scratch(f, c, dtype=io), scratch(f, c, dtype=io), scratch(f, c, dtype=io),
     )  # fmt: skip
     walked = Walked(scratch(f, c, dtype=io), scratch(d, c), scratch(d, c), scratch(f, d, dtype=io), scratch(f))
     read, update = (
@@ -191,7 +192,7 @@ def workspace_bytes(problem: Problem) -> float:
     """What the backward's kernels hand to each other, a token of a head."""
     d, f, c, m = problem.head_dim, problem.hidden, chunk(problem), problem.mini_batch
     size = 4 if problem.dtype == "fp32" else 2
-    of_token = size * (5 * f + d) + 4 * (5 * d + 2)
+    of_token = size * (8 * f + d) + 4 * (6 * d + 6)
     of_chunk = size * 4 * f * d + 4 * (3 * f + 2 * d)
     return of_token + of_chunk / c + size * f * d / m
 
@@ -230,7 +231,8 @@ def _trace(like: Tensor, problem: Problem, count: int, backward: bool) -> Trace:
         w2=empty(like, b, h, states, f, d, dtype=io),
         b2=empty(like, b, h, k, d),
         x_hat=empty(like, b, h, *z2),
-        rstd=empty(like, b, h, z2[0], z2[2]),
+        p=empty(like, b, h, *z2),
+        **{name: empty(like, b, h, z2[0], z2[2]) for name in Trace._fields[9:]},
     )
 
 
