@@ -195,6 +195,9 @@ def read_out_backward(
     d_scores = tl.where(own | earlier, -matmul(d_z2_bar, g_z2, DTYPE, "ieee"), 0.0)  # [C, D] @ [D, C]
     d_attn2 = nearest(d_scores * rate_lr, DTYPE)
     d_rate_lr = d_scores * attn2
+    d_lr = tl.sum(d_rate_lr * rate, 0)
+    d_own = tl.sum(tl.where(own, d_rate_lr * lr[None, :], 0.0), 1)
+    d_earlier = tl.sum(tl.where(earlier, d_rate_lr * lr[None, :], 0.0), 1)
 
     d_x_q = d_o
     d_scores = tl.zeros([C, C], tl.float32)
@@ -222,15 +225,17 @@ def read_out_backward(
         d_x_q = matmul_add(d_z1_bar, w1, d_x_q, DTYPE, "ieee")  # [C, BF] @ [BF, D] -> [C, D]
         d_scores = matmul_add(d_z1_bar, g_z1, d_scores, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
 
-    # The first layer's attention.
+    # The first layer's attention; the rates again, so that no register holds them through the loop.
+    lr = tl.load(token_pointers(inputs.lr, batch, head, n, C)).to(tl.float32)
+    rate, own, earlier = rates(shared.token_eta, M, C, CAUSAL)
     d_scores = tl.where(own | earlier, -d_scores, 0.0)
-    d_rate_lr += d_scores * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0)
-    d_attn1 = nearest(d_scores * rate_lr, DTYPE)
+    d_rate_lr = d_scores * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0)
+    d_attn1 = nearest(d_scores * rate * lr[None, :], DTYPE)
     d_x_q = matmul_add(d_attn1, xk, d_x_q, DTYPE, "ieee")
     store_tokens(d_xq, d_x_q, batch, head, n, C, D, D)
     d_x_k = matmul(tl.trans(d_attn1), xq, DTYPE, "ieee")
     tl.store(pulled.d_xk + chunk * C * D + c[:, None] * D + tl.arange(0, D)[None, :], d_x_k)
-    tl.store(pulled.d_lr + chunk * C + c, tl.sum(d_rate_lr * rate, 0))
+    tl.store(pulled.d_lr + chunk * C + c, d_lr + tl.sum(d_rate_lr * rate, 0))
     d_rate = d_rate_lr * lr[None, :]
-    tl.store(sums.d_token_eta + part * C + c, tl.sum(tl.where(own, d_rate, 0.0), 1))
-    tl.store(sums.d_eta_last + part * C + c, tl.sum(tl.where(earlier, d_rate, 0.0), 1))
+    tl.store(sums.d_token_eta + part * C + c, d_own + tl.sum(tl.where(own, d_rate, 0.0), 1))
+    tl.store(sums.d_eta_last + part * C + c, d_earlier + tl.sum(tl.where(earlier, d_rate, 0.0), 1))

@@ -144,6 +144,11 @@ def recurrence(
     # Rounded copies that the loop carries: Triton takes those from shared memory, and others from registers.
     w1_start = nearest(w1, DTYPE)
     w2_start = tl.trans(nearest(w2, DTYPE))
+    # Tokens are loaded one block ahead.
+    block, last = first * (M // BT), (first + count) * (M // BT) - 1
+    next_xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
+    next_xv = load_tokens(inputs.xv, batch, head, block, BT, D, D)
+    next_lr = tl.load(token_pointers(inputs.lr, batch, head, block, BT))
     for i in range(count):
         chunk = wide(chain) * tl.cdiv(count, R) + i // R
         column = (i % R) * M
@@ -158,10 +163,11 @@ def recurrence(
                 tl.store(trace.w2 + chunk * D * F + tile, w2_rows)
             tl.store(trace.b2 + chunk * D + d, b2)
         for j in range(0, M, BT):
-            block = (first + i) * (M // BT) + j // BT
-            xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
-            xv = load_tokens(inputs.xv, batch, head, block, BT, D, D)
-            lr = tl.load(token_pointers(inputs.lr, batch, head, block, BT)).to(tl.float32)
+            xk, xv, lr = next_xk, next_xv, next_lr.to(tl.float32)
+            block = tl.minimum((first + i) * (M // BT) + j // BT + 1, last)
+            next_xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
+            next_xv = load_tokens(inputs.xv, batch, head, block, BT, D, D)
+            next_lr = tl.load(token_pointers(inputs.lr, batch, head, block, BT))
             at_f, at_d = chunk * F * C + column + j, chunk * D * C + column + j
 
             z1 = matmul(w1_start, tl.trans(xk), DTYPE, "ieee") + b1_start[:, None]  # [F, D] @ [D, M] -> [F, M]

@@ -162,6 +162,7 @@ class Setting(NamedTuple):
     block: int
     num_warps: int
     num_stages: int = 1
+    maxnreg: int | None = None
 
 
 # Measured on an H100 in bf16 at D = 64; a kernel of M <= 16, M <= 32 and above.
@@ -269,11 +270,13 @@ def _launch(kernel, problem: Problem, count: int, arguments: dict[str, object]) 
     how = setting(name, problem)
     c = chunk(problem)
     sizes = {"D": problem.head_dim, "M": problem.mini_batch, "C": c, "CAUSAL": problem.causal, "EPS": problem.eps}
+    options = {"num_warps": how.num_warps} | ({"maxnreg": how.maxnreg} if how.maxnreg else {})
+    programs = problem.batch * problem.heads
     if name in ("recurrence", "scan"):
-        programs, options = problem.batch * problem.heads, {"num_warps": how.num_warps, "num_stages": how.num_stages}
+        options["num_stages"] = how.num_stages
         sizes["BT"] = how.block
     else:
-        programs, options = problem.batch * problem.heads * count * problem.mini_batch // c, {"num_warps": how.num_warps}
+        programs *= count * problem.mini_batch // c
         sizes |= {"BF": min(how.block, problem.hidden), "STAGES": how.num_stages}
     constants = {key: value for key, value in sizes.items() if key in kernel.arg_names}
     return Launch(kernel, programs, arguments, constants, options)
