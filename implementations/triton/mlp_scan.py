@@ -85,7 +85,7 @@ def scan(
             tl.store(walked.d_w1 + chunk * D * F + tile, nearest(d_w1, DTYPE))
             tl.store(walked.d_b1 + chunk * F + f, d_b1)
         p_w2 = trace.w2 + (chunk * R + i % R) * D * F
-        for j in range(0, M, BT):
+        for j in tl.static_range(0, M, BT):
             block = (first + i) * (M // BT) + j // BT
             at_f, at_d = chunk * F * C + column + j, chunk * D * C + column + j
             token = chunk * C + column + j + m

@@ -162,7 +162,7 @@ def recurrence(
             if not BACKWARD:
                 tl.store(trace.w2 + chunk * D * F + tile, w2_rows)
             tl.store(trace.b2 + chunk * D + d, b2)
-        for j in range(0, M, BT):
+        for j in tl.static_range(0, M, BT):
             xk, xv, lr = next_xk, next_xv, next_lr.to(tl.float32)
             block = tl.minimum((first + i) * (M // BT) + j // BT + 1, last)
             next_xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
