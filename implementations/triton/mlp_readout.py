@@ -38,6 +38,13 @@ from implementations.triton.blocks import (
 from implementations.triton.mlp_blocks import gelu, gelu_first, gelu_second
 
 
+class Norm(NamedTuple):
+    """Of z2_bar, for the backward: every chunk of the sequence."""
+
+    x_hat: Any  # [B H chunks C D]
+    rstd: Any  # [B H chunks C], fp32
+
+
 class Pulled(NamedTuple):
     """What the read-out's backward leaves for the recurrence's, laid out as `Trace`."""
 
@@ -114,27 +121,9 @@ def first_layer(
     return z1_bar, w1, w2
 
 
-@triton.jit
-def second_layer(
-    trace, chunk, slot, xq, scores1, g_z2, rate_lr,
-    BF: tl.constexpr, D: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """(z2_bar [C, D], attn2 [C, C]), of all of F."""
-    z2_bar = tl.zeros([C, D], tl.float32)
-    attn2 = tl.full([C, C], 1.0, tl.float32)
-    for f in tl.range(0, 4 * D, BF, num_stages=STAGES):
-        x2, g_z1 = inner(trace, chunk, f, BF, 4 * D, C)
-        z1_bar, _, w2 = first_layer(trace, chunk, slot, f, xq, scores1, g_z1, BF, D, C, DTYPE)
-        x2_bar = nearest(gelu(z1_bar), DTYPE)
-        attn2 = matmul_add(x2_bar, x2, attn2, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
-        z2_bar = matmul_add(x2_bar, w2, z2_bar, DTYPE, "ieee")  # [C, BF] @ [BF, D] -> [C, D]
-    z2_bar += load_row(trace.b2, chunk, D, D)[None, :]
-    return z2_bar - matmul(rate_lr * attn2, tl.trans(g_z2), DTYPE, "ieee"), attn2
-
-
-@triton.jit(do_not_specialize=["first", "chunks"])
+@triton.jit(do_not_specialize=["first", "chunks", "all_chunks"])
 def read_out(
-    inputs, shared, trace, out, first, chunks, heads,
+    inputs, shared, trace, out, norm, first, chunks, all_chunks, heads,
     D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, CAUSAL: tl.constexpr, EPS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -145,12 +134,23 @@ def read_out(
     xq = load_tokens(inputs.xq, batch, head, n, C, D, D)
     xk = load_tokens(inputs.xk, batch, head, n, C, D, D)
     lr = tl.load(token_pointers(inputs.lr, batch, head, n, C)).to(tl.float32)
-    rate, _, _ = rates(shared.token_eta, M, C, CAUSAL)
+    rate, own, earlier = rates(shared.token_eta, M, C, CAUSAL)
     rate_lr = rate * lr[None, :]
     scores1 = nearest(rate_lr * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0), DTYPE)  # [C, D] @ [D, C] -> [C, C]
+    z2_bar = tl.zeros([C, D], tl.float32)
+    attn2 = tl.full([C, C], 1.0, tl.float32)
+    for f in tl.range(0, 4 * D, BF, num_stages=STAGES):
+        x2, g_z1 = inner(trace, chunk, f, BF, 4 * D, C)
+        z1_bar, _, w2 = first_layer(trace, chunk, chunk, f, xq, scores1, g_z1, BF, D, C, DTYPE)
+        x2_bar = nearest(gelu(z1_bar), DTYPE)
+        attn2 = matmul_add(x2_bar, x2, attn2, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
+        z2_bar = matmul_add(x2_bar, w2, z2_bar, DTYPE, "ieee")  # [C, BF] @ [BF, D] -> [C, D]
     g_z2 = load_hidden(trace.g_z2, chunk, 0, D, D, C)
-    z2_bar, _ = second_layer(trace, chunk, chunk, xq, scores1, g_z2, rate_lr, BF, D, C, DTYPE, STAGES)
-    x_hat, _ = normalise(z2_bar, EPS, D, D)
+    z2_bar -= matmul(rate_lr * attn2, tl.trans(g_z2), DTYPE, "ieee")  # [C, C] @ [C, D] -> [C, D]
+    x_hat, rstd = normalise(z2_bar + load_row(trace.b2, chunk, D, D)[None, :], EPS, D, D)
+    part = wide(chain) * all_chunks + n
+    tl.store(norm.x_hat + part * C * D + tl.arange(0, C)[:, None] * D + tl.arange(0, D)[None, :], x_hat)
+    tl.store(norm.rstd + part * C + tl.arange(0, C), tl.sum(rstd, 1))
     ln_weight = load_row(shared.ln_weight, head, D, D)[None, :]
     ln_bias = load_row(shared.ln_bias, head, D, D)[None, :]
     store_tokens(out, xq.to(tl.float32) + ln_weight * x_hat + ln_bias, batch, head, n, C, D, D)
@@ -158,9 +158,8 @@ def read_out(
 
 @triton.jit(do_not_specialize=["first", "chunks", "all_chunks"])
 def read_out_backward(
-    inputs, shared, trace, d_out, d_xq, pulled, sums, first, chunks, all_chunks, heads,
-    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, CAUSAL: tl.constexpr, EPS: tl.constexpr,
-    STAGES: tl.constexpr,
+    inputs, shared, trace, norm, d_out, d_xq, pulled, sums, first, chunks, all_chunks, heads,
+    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of the same chunk: d_xq, and what the read-out adds to the cotangents of all that it read."""
     F: tl.constexpr = 4 * D
@@ -176,11 +175,10 @@ def read_out_backward(
     rate, own, earlier = rates(shared.token_eta, M, C, CAUSAL)
     rate_lr = rate * lr[None, :]
     scores1 = nearest(rate_lr * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0), DTYPE)
-    g_z2 = load_hidden(trace.g_z2, chunk, 0, D, D, C)
-    z2_bar, attn2 = second_layer(trace, chunk, slot, xq, scores1, g_z2, rate_lr, BF, D, C, DTYPE, STAGES)
 
     # out = xq + LN(z2_bar)
-    x_hat, rstd = normalise(z2_bar, EPS, D, D)
+    x_hat = tl.load(norm.x_hat + part * C * D + c[:, None] * D + tl.arange(0, D)[None, :]).to(tl.float32)
+    rstd = tl.load(norm.rstd + part * C + c)[:, None]
     d_o = load_tokens(d_out, batch, head, n, C, D, D).to(tl.float32)
     ln_weight = load_row(shared.ln_weight, head, D, D)[None, :]
     store_row(sums.d_ln_weight, tl.sum(d_o * x_hat, 0), part, D, D)
@@ -188,17 +186,10 @@ def read_out_backward(
     d_z2_bar = project(d_o * ln_weight, x_hat, rstd, D, D)
     store_row(pulled.d_b2, tl.sum(d_z2_bar, 0), chunk, D, D)
     d_z2_bar = nearest(d_z2_bar, DTYPE)
+    g_z2 = load_hidden(trace.g_z2, chunk, 0, D, D, C)
+    d_attn2 = nearest(-rate_lr * matmul(d_z2_bar, g_z2, DTYPE, "ieee"), DTYPE)  # [C, D] @ [D, C] -> [C, C]
 
-    # The second layer's attention.
-    d_g_z2 = -matmul(tl.trans(nearest(rate_lr * attn2, DTYPE)), d_z2_bar, DTYPE, "ieee")  # [C, C] @ [C, D]
-    tl.store(pulled.d_g_z2 + chunk * D * C + tl.arange(0, D)[None, :] * C + c[:, None], d_g_z2)
-    d_scores = tl.where(own | earlier, -matmul(d_z2_bar, g_z2, DTYPE, "ieee"), 0.0)  # [C, D] @ [D, C]
-    d_attn2 = nearest(d_scores * rate_lr, DTYPE)
-    d_rate_lr = d_scores * attn2
-    d_lr = tl.sum(d_rate_lr * rate, 0)
-    d_own = tl.sum(tl.where(own, d_rate_lr * lr[None, :], 0.0), 1)
-    d_earlier = tl.sum(tl.where(earlier, d_rate_lr * lr[None, :], 0.0), 1)
-
+    attn2 = tl.full([C, C], 1.0, tl.float32)
     d_x_q = d_o
     d_scores = tl.zeros([C, C], tl.float32)
     for f in tl.range(0, F, BF, num_stages=STAGES):
@@ -213,6 +204,7 @@ def read_out_backward(
         z1_bar, w1, w2 = first_layer(trace, chunk, slot, f, xq, scores1, g_z1, BF, D, C, DTYPE)
         x2_bar, slope = gelu_first(z1_bar)
         x2_bar = nearest(x2_bar, DTYPE)
+        attn2 = matmul_add(x2_bar, x2, attn2, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
         d_x2_bar = matmul(d_z2_bar, tl.trans(w2), DTYPE, "ieee")  # [C, D] @ [D, BF] -> [C, BF]
         d_x2_bar = matmul_add(d_attn2, tl.trans(x2), d_x2_bar, DTYPE, "ieee")
         d_z1_bar = d_x2_bar * slope
@@ -225,17 +217,20 @@ def read_out_backward(
         d_x_q = matmul_add(d_z1_bar, w1, d_x_q, DTYPE, "ieee")  # [C, BF] @ [BF, D] -> [C, D]
         d_scores = matmul_add(d_z1_bar, g_z1, d_scores, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
 
-    # The first layer's attention; the rates again, so that no register holds them through the loop.
+    # The attention of both layers; the rates again, so that no register holds them through the loop.
     lr = tl.load(token_pointers(inputs.lr, batch, head, n, C)).to(tl.float32)
     rate, own, earlier = rates(shared.token_eta, M, C, CAUSAL)
-    d_scores = tl.where(own | earlier, -d_scores, 0.0)
-    d_rate_lr = d_scores * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0)
-    d_attn1 = nearest(d_scores * rate * lr[None, :], DTYPE)
+    rate_lr = rate * lr[None, :]
+    d_attn1 = nearest(-d_scores * rate_lr, DTYPE)
     d_x_q = matmul_add(d_attn1, xk, d_x_q, DTYPE, "ieee")
     store_tokens(d_xq, d_x_q, batch, head, n, C, D, D)
     d_x_k = matmul(tl.trans(d_attn1), xq, DTYPE, "ieee")
     tl.store(pulled.d_xk + chunk * C * D + c[:, None] * D + tl.arange(0, D)[None, :], d_x_k)
-    tl.store(pulled.d_lr + chunk * C + c, d_lr + tl.sum(d_rate_lr * rate, 0))
+    d_g_z2 = -matmul(tl.trans(nearest(rate_lr * attn2, DTYPE)), d_z2_bar, DTYPE, "ieee")  # [C, C] @ [C, D]
+    tl.store(pulled.d_g_z2 + chunk * D * C + tl.arange(0, D)[None, :] * C + c[:, None], d_g_z2)
+    d_rate_lr = -d_scores * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0)
+    d_rate_lr -= matmul(d_z2_bar, g_z2, DTYPE, "ieee") * attn2
+    tl.store(pulled.d_lr + chunk * C + c, tl.sum(d_rate_lr * rate, 0))
     d_rate = d_rate_lr * lr[None, :]
-    tl.store(sums.d_token_eta + part * C + c, d_own + tl.sum(tl.where(own, d_rate, 0.0), 1))
-    tl.store(sums.d_eta_last + part * C + c, d_earlier + tl.sum(tl.where(earlier, d_rate, 0.0), 1))
+    tl.store(sums.d_token_eta + part * C + c, tl.sum(tl.where(own, d_rate, 0.0), 1))
+    tl.store(sums.d_eta_last + part * C + c, tl.sum(tl.where(earlier, d_rate, 0.0), 1))

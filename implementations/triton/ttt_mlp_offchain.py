@@ -28,7 +28,7 @@ from implementations.kernels import TritonKernel
 from implementations.triton.arguments import Shared, check, empty, tokens, view
 from implementations.triton.launch import Launch, meta
 from implementations.triton.mlp_limits import offchain_limit
-from implementations.triton.mlp_readout import Pulled, Sums, read_out, read_out_backward
+from implementations.triton.mlp_readout import Norm, Pulled, Sums, read_out, read_out_backward
 from implementations.triton.mlp_scan import Walked, finish, scan
 from implementations.triton.mlp_trace import Trace, Weights, recurrence
 from spec.problem import Problem
@@ -43,6 +43,7 @@ class Residuals(NamedTuple):
 
     inputs: MlpInputs
     saved: tuple[Tensor, ...]  # w1 [B H S-1 D F], b1 [B H S-1 F], w2 [B H S-1 F D], b2 [B H S-1 D]
+    norm: Norm  # the LayerNorm of the read-out
     group: int
 
 
@@ -92,13 +93,16 @@ def plan_forward(
     outputs = MlpOutputs(*(empty(like, *x.shape, dtype=x.dtype) for x in (like, *inputs[7:])))
     segments = _segments(problem, group)
     saved = tuple(empty(like, *x.shape[:2], len(segments) - 1, *x.shape[2:]) for x in inputs[7:])
-    residuals = Residuals(inputs, saved, group)
+    shape = problem.batch, problem.heads, problem.tokens // chunk(problem), chunk(problem)
+    norm = Norm(empty(like, *shape, problem.head_dim), empty(like, *shape))
+    residuals = Residuals(inputs, saved, norm, group)
     trace = _trace(like, problem, segments[0][1], backward=False)
     launches = []
     for number, (first, count) in enumerate(segments):
         end = _state(saved, number + 1) if number + 1 < len(segments) else (Weights(*outputs[1:]), 1)
         launches.append(_recurrence(residuals, problem, trace, number, end, backward=False))
-        arguments = _given(inputs) | {"trace": trace, "out": view(outputs.out)} | _chunks(problem, first, count)
+        arguments = _given(inputs) | {"trace": trace, "out": view(outputs.out), "norm": norm}
+        arguments |= _chunks(problem, first, count)
         launches.append(_launch(read_out, problem, count, arguments))
     return outputs, residuals, launches
 
@@ -132,9 +136,9 @@ def plan_backward(
     launches = []
     for number, (first, count) in reversed(list(enumerate(segments))):
         launches.append(_recurrence(residuals, problem, trace, number, known, backward=True))
-        at = _chunks(problem, first, count) | {"all_chunks": chunks}
+        at = _chunks(problem, first, count)
         given = _given(inputs) | {"trace": trace, "pulled": pulled}
-        arguments = given | {"d_out": view(cotangents.out), "d_xq": view(gradients.xq), "sums": read} | at
+        arguments = given | {"norm": residuals.norm, "d_out": view(cotangents.out), "d_xq": view(gradients.xq), "sums": read} | at
         launches.append(_launch(read_out_backward, problem, count, arguments))
         start = Weights(*cotangents[1:]) if number + 1 == len(segments) else d_state
         arguments = given | {"start": start, "end": d_state, "walked": walked, "first": first, "count": count, "heads": h}
@@ -248,13 +252,16 @@ def _given(inputs: MlpInputs) -> dict[str, object]:
 
 def _chunks(problem: Problem, first: int, count: int) -> dict[str, int]:
     ratio = chunk(problem) // problem.mini_batch
-    return {"first": first // ratio, "chunks": count // ratio, "heads": problem.heads}
+    return {
+        "first": first // ratio, "chunks": count // ratio, "all_chunks": problem.mini_batches // ratio,
+        "heads": problem.heads,
+    }  # fmt: skip
 
 
 def _recurrence(
     residuals: Residuals, problem: Problem, trace: Trace, number: int, end: tuple[Weights, int], backward: bool
 ) -> Launch:
-    inputs, saved, group = residuals
+    inputs, saved, _, group = residuals
     first, count = _segments(problem, group)[number]
     start = _state(saved, number) if number else (Weights(*inputs[7:]), 1)
     arguments = _given(inputs) | {
