@@ -47,7 +47,7 @@ _PROCESSES_OF_SLOW = {"cpu": 1, "cuda": 4}  # of what compiles long, and of what
 WARM_UP_SECONDS = 120.0  # for a process to import what it needs
 _PREFIX = "ttt-lab-truth-"
 _MEMORY, _ROOM_BYTES = Path("/dev/shm"), 2**35  # where there is so much room, the files are in memory
-DEVICE_BYTES = 50 * 10**9  # that the checks at work may take together, by their estimate; processes take the rest
+DEVICE_BYTES = 45 * 10**9  # that the checks at work may take together, by their estimate; processes take the rest
 
 
 @dataclass(frozen=True)
@@ -202,14 +202,13 @@ class _Lane:
     """Processes that share the calls of one implementation, or of the oracle, and a thread that waits for each."""
 
     def __init__(self, workers: list[Worker], warm_up: Callable[[], None] | None):
-        """`warm_up` is called in each process at once: it has started when the first truth is there."""
+        """`warm_up` is called in the first process at once: it has started when the first truth is there."""
         self._workers, self._threads = workers, ThreadPoolExecutor(len(workers))
         self._idle = queue.LifoQueue[Worker]()  # a process that has started is taken before one that has not
-        for worker in workers:
-            if warm_up:
-                threading.Thread(target=self._start, args=(worker, warm_up), daemon=True).start()
-            else:
-                self._idle.put(worker)
+        for worker in workers[1:] if warm_up else workers:
+            self._idle.put(worker)
+        if warm_up:
+            threading.Thread(target=self._start, args=(workers[0], warm_up), daemon=True).start()
 
     def _start(self, worker: Worker, warm_up: Callable[[], None]) -> None:
         with suppress(Failure):  # whatever it is, the first check says so
