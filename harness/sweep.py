@@ -14,11 +14,12 @@ from __future__ import annotations
 import fcntl
 import itertools
 import re
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,9 +95,16 @@ def of_cells(rows: Iterable[Row], cells: Iterable[Cell], device: Device) -> list
 
 
 def run(
-    cells: Iterable[Cell], checked: Iterable[ParityRow], protocol: Protocol, settings: Settings
+    cells: Iterable[Cell],
+    checked: Iterable[ParityRow],
+    protocol: Protocol,
+    settings: Settings,
+    worker: Callable[[Mapping[str, str]], Worker] = Worker,
 ) -> Iterator[tuple[SweepRow, list[SampleRow]]]:
-    """Time every pass of every cell that `checked` found right; the others become rows that say why not."""
+    """Time every pass of every cell that `checked` found right; the others become rows that say why not.
+
+    `worker` makes a process with the given environment.
+    """
     verdicts: dict[Any, list[ParityRow]] = {}
     for row in checked:
         if row.seed == settings.seed and row.fingerprint == settings.stamp.fingerprint:
@@ -104,9 +112,9 @@ def run(
     groups: dict[Any, list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.case.name, cell.problem), []).append(cell)
-    bench = _Bench(protocol, settings)
+    bench = _Bench(protocol, settings, worker)
     try:
-        for group in groups.values():
+        for group, following in zip(groups.values(), [*list(groups.values())[1:], None], strict=True):
             to_measure: list[_Task] = []
             for cell in group:
                 rows = verdicts.get(_cell_key_of(cell, settings.stamp), [])
@@ -118,7 +126,7 @@ def run(
                     else:
                         blanks[pass_] = blank
                 to_measure.append(_Task(cell, blanks, {pass_: _first_call_s(rows, pass_) for pass_ in blanks}))
-            yield from bench.measure(to_measure)
+            yield from bench.measure(to_measure, following[0] if following else None)
     finally:
         bench.close()
 
@@ -183,24 +191,27 @@ class _Subject:
 class _Bench:
     """The processes of a sweep, kept from cell to cell."""
 
-    def __init__(self, protocol: Protocol, settings: Settings):
-        self._protocol, self._settings = protocol, settings
+    def __init__(self, protocol: Protocol, settings: Settings, worker: Callable[[Mapping[str, str]], Worker]):
+        self._protocol, self._settings, self._worker = protocol, settings, worker
         self._workers: dict[str, list[Worker]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="ttt-lab-sweep-")
-        self._numbers = Path(self._folder.name) / "numbers"
-        self._numbers.mkdir()
+        self._drawing = ThreadPoolExecutor(1)
+        self._drawn: dict[Any, Future[Path]] = {}  # by problem
+        self._numbers = Path()
 
     def close(self) -> None:
         """End the processes."""
+        self._drawing.shutdown(cancel_futures=True)
         for worker in itertools.chain(*self._workers.values()):
             worker.close()
         self._folder.cleanup()
 
-    def measure(self, tasks: list[_Task]) -> Iterator[tuple[SweepRow, list[SampleRow]]]:
-        """The rows of one problem: pass by pass, the implementations in turns."""
+    def measure(self, tasks: list[_Task], following: Cell | None) -> Iterator[tuple[SweepRow, list[SampleRow]]]:
+        """The rows of one problem: pass by pass, the implementations in turns; `following` is of the next problem."""
         if any(task.blanks for task in tasks):
-            cell = tasks[0].cell
-            jobs.save_drawn(cell.case, cell.problem, self._settings.seed, self._numbers)
+            self._numbers = self._draw(tasks[0].cell).result()
+        if following:
+            self._draw(following)
         for pass_ in PASSES:
             of_pass = [task for task in tasks if pass_ in task.blanks]
             subjects = [self._subject(task.cell) for task in of_pass]
@@ -214,11 +225,25 @@ class _Bench:
                 yield from (_result(subject, blank, first_s, cache) for cache in self._protocol.caches)
         for task in tasks:
             self._subject(task.cell).clear()
+        shutil.rmtree(self._numbers, ignore_errors=True)
+
+    def _draw(self, cell: Cell) -> Future[Path]:
+        """The folder with the numbers of a problem: drawn while the one in front of it is measured."""
+        key = cell.case.name, cell.problem
+
+        def draw() -> Path:
+            folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+            jobs.save_drawn(cell.case, cell.problem, self._settings.seed, folder)
+            return folder
+
+        if key not in self._drawn:
+            self._drawn[key] = self._drawing.submit(draw)
+        return self._drawn[key]
 
     def _subject(self, cell: Cell) -> _Subject:
         key = cell.entry.key
         if key not in self._workers:
-            self._workers[key] = [Worker(self._environment()) for _ in range(self._protocol.processes)]
+            self._workers[key] = [self._worker(self._environment()) for _ in range(self._protocol.processes)]
         return _Subject(cell, self._workers[key], self._numbers, self._settings)
 
     def _environment(self) -> dict[str, str]:
