@@ -36,17 +36,29 @@ struct BackwardArguments {
 
 enum Kept { X2, SLOPE, Z1, G_X2, G_Z1, X2_BAR, D_Z1_BAR };  // Z1: what of d_z1 is known, then d_z1; G_X2: d_g_x2
 
+// Where a chain's tensors start; in shared memory, since as registers they would spill.
+template <typename T> struct Bases {
+    const T *xq, *xk, *xv, *lr, *d_out;
+    T *d_xq, *d_xk, *d_xv, *d_lr;
+    const fp16 *x_hat, *x_hat_bar;
+    const float *rstd, *rstd_bar;
+    unsigned char* work;
+};
+
 template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     using S = Sizes<D>;
     static constexpr int CHUNKS = M / CHUNK, TILE = M * S::ROW, STAGES = CHUNKS < 4 ? 2 : 1;
     static constexpr int KEPT = CAUSAL ? 7 : 5;
-    static constexpr int ROOM = CHUNKS < 2 ? 7 : CHUNKS < 4 ? 6 : SPLIT == 2 ? (CAUSAL ? 4 : 5) : CAUSAL ? 3 : 4;
+    static constexpr int ROOM = CHUNKS < 2 ? 7 : CHUNKS < 4 ? 5 : CAUSAL ? 3 : 4;
     static constexpr int KEPT_SHARED = KEPT < ROOM ? KEPT : ROOM;  // the others in global memory
     static constexpr int SQUARES = CAUSAL ? CHUNKS * (CHUNKS + 1) / 2 : 0;
     static constexpr bool WIDE = CHUNKS < 4;                                // squares in fp32
     // One chunk, causal: there is room for all that a mini-batch reads, copied while the one before it is computed.
     static constexpr bool AHEAD = CHUNKS == 1 && CAUSAL;
     static constexpr int SUMS = CHUNKS == 2 ? 2 : 1;  // buffers of partial sums
+    Bases<T> base;
+    float gamma[D], beta[D];
+    Four d_gamma[S::THREADS], d_beta[S::THREADS];  // of each thread's place
     T xq[STAGES][TILE], xk[STAGES][TILE];
     T xv[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], d_out[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
     fp16 x_hat[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], x_hat_bar[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
@@ -104,18 +116,6 @@ template <int D> TTT_INLINE void save_blocks(uint32_t* to, First<D> w1, Second<D
 #pragma unroll
     for (int q = 0; q < BLOCKS; q++) to[32 * q + lane] = word<D>(w1, q), to[32 * (BLOCKS + q) + lane] = word<D>(w2, q);
 }
-template <int D, bool TRANSPOSED, typename W> TTT_INLINE W load_blocks(const uint32_t* blocks, int lane) {
-    W w;
-#pragma unroll
-    for (int k = 0; k < D / 8 / SPLIT; k++) {
-        uint32_t r[4];
-        if (TRANSPOSED) ldmatrix_x4_trans(r, blocks + 128 * k + 4 * lane);
-        else ldmatrix_x4(r, blocks + 128 * k + 4 * lane);
-#pragma unroll
-        for (int i = 0; i < 4; i++) word<D>(w, 4 * k + i) = r[i];
-    }
-    return w;
-}
 
 // A square of scores of 16 x 16 tokens, in the places of an accumulator: x[e] is row g + 8 (e / 2 % 2), column
 // 8 (e / 4) + 2t + e % 2.
@@ -163,6 +163,22 @@ template <int A, int B> TTT_INLINE void pin(float (&w)[A][B][4]) {
 #endif
 }
 
+template <int D> TTT_INLINE void pin(First<D>& w) {
+#ifdef __CUDACC__
+#pragma unroll
+    for (int i = 0; i < FK; i++)
+#pragma unroll
+        for (int j = 0; j < D / 8; j++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) asm volatile("" : "+r"(w.x[i][j][h]));
+#endif
+}
+TTT_INLINE void pin(int& x) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(x));
+#endif
+}
+
 // z [16, 32 f] = b [f]
 TTT_INLINE void start_columns(float (&z)[FT][4], const float* b, int t) {
 #pragma unroll
@@ -185,87 +201,92 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
     constexpr bool AHEAD = Shared::AHEAD;
     TTT_SHARED(memory);
     auto& s = *reinterpret_cast<Shared*>(memory);
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int rank = SPLIT == 1 ? 0 : cluster_rank();
     Shared* const other = SPLIT == 1 ? &s : cluster_map(&s, 1 - rank);
     const int64_t chain = blockIdx.x / SPLIT, batch = chain / a.heads, head = chain % a.heads;
     const int N = int(a.mini_batches), group = int(a.group), groups = (N + group - 1) / group;
-    const Place<D> at(thread);
-    const T* xq = static_cast<const T*>(a.xq.p) + batch * a.xq.b + head * a.xq.h;
-    const T* xk = static_cast<const T*>(a.xk.p) + batch * a.xk.b + head * a.xk.h;
-    const T* xv = static_cast<const T*>(a.xv.p) + batch * a.xv.b + head * a.xv.h;
-    const T* lr = static_cast<const T*>(a.lr.p) + batch * a.lr.b + head * a.lr.h;
-    const T* d_out = static_cast<const T*>(a.d_out.p) + batch * a.d_out.b + head * a.d_out.h;
-    const int64_t own = batch * N * M * a.heads + head, own_stride = a.heads * D;  // of contiguous gradients
-    T *d_xq = static_cast<T*>(a.d_xq) + own * D, *d_xk = static_cast<T*>(a.d_xk) + own * D;
-    T *d_xv = static_cast<T*>(a.d_xv) + own * D, *d_lr = static_cast<T*>(a.d_lr) + own;
-    const fp16* x_hat = static_cast<const fp16*>(a.x_hat) + chain * N * M * D;
-    const fp16* x_hat_bar = static_cast<const fp16*>(a.x_hat_bar) + chain * N * M * D;
-    const float *rstd = a.rstd + chain * N * M, *rstd_bar = a.rstd_bar + chain * N * M;
+    Place<D> at(thread);
+    const int64_t own_stride = a.heads * D;  // of contiguous gradients
     const float eta_last = a.token_eta[M - 1];
-    unsigned char* work = a.work + blockIdx.x * a.work_size;
-    float* work_d_w = reinterpret_cast<float*>(work);
-    Four* held = reinterpret_cast<Four*>(work + W::D_WEIGHTS) + thread;  // d_target of this thread's places
-    uint32_t* work_kept = reinterpret_cast<uint32_t*>(work + W::D_WEIGHTS + W::HELD);
-    uint32_t* work_attn = work_kept + 7 * W::KEPT / 4 + warp * 128;
-    unsigned char* slots = work + W::FIXED;
-
-    float gamma[4], beta[4], d_b2[4], d_gamma[4] = {}, d_beta[4] = {}, d_eta_last = 0;
-    for (int i = 0; i < 4; i++) {
-        gamma[i] = a.ln_weight[head * D + at.d + i], beta[i] = a.ln_bias[head * D + at.d + i];
-        d_b2[i] = a.d_final_b2[chain * D + at.d + i];
+    if (thread == 0) {
+        const int64_t own = batch * N * M * a.heads + head, tokens = chain * N * M;
+        auto of = [&](const View& x) { return static_cast<const T*>(x.p) + batch * x.b + head * x.h; };
+        s.base = {
+            of(a.xq), of(a.xk), of(a.xv), of(a.lr), of(a.d_out),
+            static_cast<T*>(a.d_xq) + own * D, static_cast<T*>(a.d_xk) + own * D, static_cast<T*>(a.d_xv) + own * D,
+            static_cast<T*>(a.d_lr) + own,
+            static_cast<const fp16*>(a.x_hat) + tokens * D, static_cast<const fp16*>(a.x_hat_bar) + tokens * D,
+            a.rstd + tokens, a.rstd_bar + tokens, a.work + blockIdx.x * a.work_size};
     }
+    auto held = [&](int c) -> Four& {  // d_target of this thread's place
+        return reinterpret_cast<Four*>(s.base.work + W::D_WEIGHTS)[c * S::THREADS + thread];
+    };
+    auto work_d_w = [&] { return reinterpret_cast<float*>(s.base.work); };
+    auto work_attn = [&](int number) -> Words& {  // d_attn1 of a square, of this warp
+        return reinterpret_cast<Words*>(s.base.work + W::D_WEIGHTS + W::HELD + 7 * W::KEPT)[(number * S::WARPS + warp) * 32 + lane];
+    };
+
+    float d_b2[4], d_eta_last = 0;
+    for (int i = 0; i < 4; i++) d_b2[i] = a.d_final_b2[chain * D + at.d + i];
+    if (thread < D) s.gamma[thread] = a.ln_weight[head * D + thread], s.beta[thread] = a.ln_bias[head * D + thread];
+    s.d_gamma[thread] = s.d_beta[thread] = {0, 0, 0, 0};
     if (thread < S::OWN) s.d_b1[thread] = a.d_final_b1[chain * F + rank * S::OWN + thread];
     for (int i = thread; i < M; i += S::THREADS) s.token_eta[i] = a.token_eta[i];
     if (CAUSAL)
         for (int i = thread; i < S::WARPS * M; i += S::THREADS) s.eta_part[i / M][i % M] = 0;
-    const int column = rank * S::OWN + warp * SLICE;  // this warp's first
     float *b1 = s.b1 + SLICE * warp, *d_b1 = s.d_b1 + SLICE * warp;
+    // What depends on the thread alone is computed again in every phase: kept over a mini-batch, addresses would spill.
+    auto refresh = [&] {
+        pin(thread);
+        warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4, at = Place<D>(thread);
+        b1 = s.b1 + SLICE * warp, d_b1 = s.d_b1 + SLICE * warp;
+    };
 
     // This warp's slot of what is kept of a chunk.
     auto slot = [&](int what, int c) -> uint32_t* {
         if (what < Shared::KEPT_SHARED) return s.kept[what][c][warp];
-        return work_kept + ((what * CHUNKS + c) * S::WARPS + warp) * SLOT_WORDS;
+        return reinterpret_cast<uint32_t*>(s.base.work + W::D_WEIGHTS + W::HELD) + ((what * CHUNKS + c) * S::WARPS + warp) * SLOT_WORDS;
     };
-    auto weights_of = [&](int k) { return reinterpret_cast<Words*>(slots + int64_t(k) * W::SLOT); };
+    auto weights_of = [&](int k) { return reinterpret_cast<Words*>(s.base.work + W::FIXED + k * W::SLOT); };
     auto second_of = [&](int k) { return weights_of(k) + D / 8 / SPLIT * S::THREADS; };
-    auto b1_of = [&](int k) { return reinterpret_cast<float*>(slots + int64_t(k) * W::SLOT + W::WEIGHTS); };
-    // A rounded state: the old weights (`First`, `Second`), as they lie or with every block transposed.
-    auto first_of = [&](int k) -> First<D> {
-        if constexpr (AHEAD) return load_blocks<D, false, First<D>>(s.weights[warp], lane);
+    auto b1_of = [&](int k) { return reinterpret_cast<float*>(s.base.work + W::FIXED + k * W::SLOT + W::WEIGHTS); };
+    // The rounded weights of a slot, as they lie or with every block transposed.
+    auto first_of = [&](int k) {
+        if constexpr (AHEAD) return Blocks<false>{s.weights[warp], lane};
         else return restore_words<D, First<D>>(weights_of(k), thread);
     };
-    auto first_t_of = [&](int k) -> First<D> {
-        if constexpr (AHEAD) return load_blocks<D, true, First<D>>(s.weights[warp], lane);
+    auto first_t_of = [&](int k) {
+        if constexpr (AHEAD) return Blocks<true>{s.weights[warp], lane};
         else return transpose(restore_words<D, First<D>>(weights_of(k), thread));
     };
-    auto second_r_of = [&](int k) -> Second<D> {
-        if constexpr (AHEAD) return load_blocks<D, false, Second<D>>(s.weights[warp] + 16 * D / SPLIT, lane);
+    auto second_r_of = [&](int k) {
+        if constexpr (AHEAD) return Blocks<false>{s.weights[warp] + 16 * D / SPLIT, lane};
         else return restore_words<D, Second<D>>(second_of(k), thread);
     };
-    auto second_t_of = [&](int k) -> Second<D> {
-        if constexpr (AHEAD) return load_blocks<D, true, Second<D>>(s.weights[warp] + 16 * D / SPLIT, lane);
+    auto second_t_of = [&](int k) {
+        if constexpr (AHEAD) return Blocks<true>{s.weights[warp] + 16 * D / SPLIT, lane};
         else return transpose(restore_words<D, Second<D>>(second_of(k), thread));
     };
     float next_lr = 0, next_rstd = 0, next_rstd_bar = 0;  // of token `thread`, on their way to shared memory
     auto fetch = [&](int n, bool both) {
         const int stage = n % STAGES;
         const int64_t first = int64_t(n) * M;
-        load_tokens<T, D, M>(s.xk[stage], xk + first * a.xk.t, a.xk.t, a.aligned, thread);
-        if (both) load_tokens<T, D, M>(s.xq[stage], xq + first * a.xq.t, a.xq.t, a.aligned, thread);
+        load_tokens<T, D, M>(s.xk[stage], s.base.xk + first * a.xk.t, a.xk.t, a.aligned, thread);
+        if (both) load_tokens<T, D, M>(s.xq[stage], s.base.xq + first * a.xq.t, a.xq.t, a.aligned, thread);
         if constexpr (AHEAD) {
-            load_tokens<T, D, M>(s.xv[stage], xv + first * a.xv.t, a.xv.t, a.aligned, thread);
-            load_tokens<fp16, D, M>(s.x_hat[stage], x_hat + first * D, D, true, thread);
+            load_tokens<T, D, M>(s.xv[stage], s.base.xv + first * a.xv.t, a.xv.t, a.aligned, thread);
+            load_tokens<fp16, D, M>(s.x_hat[stage], s.base.x_hat + first * D, D, true, thread);
             if (both) {
-                load_tokens<T, D, M>(s.d_out[stage], d_out + first * a.d_out.t, a.d_out.t, a.aligned, thread);
-                load_tokens<fp16, D, M>(s.x_hat_bar[stage], x_hat_bar + first * D, D, true, thread);
+                load_tokens<T, D, M>(s.d_out[stage], s.base.d_out + first * a.d_out.t, a.d_out.t, a.aligned, thread);
+                load_tokens<fp16, D, M>(s.x_hat_bar[stage], s.base.x_hat_bar + first * D, D, true, thread);
             }
         }
         copy_async_commit();
         if (thread < M) {
-            next_lr = to_float(lr[(first + thread) * a.lr.t]);
-            next_rstd = rstd[first + thread];
-            if (both) next_rstd_bar = rstd_bar[first + thread];
+            next_lr = to_float(s.base.lr[(first + thread) * a.lr.t]);
+            next_rstd = s.base.rstd[first + thread];
+            if (both) next_rstd_bar = s.base.rstd_bar[first + thread];
         }
     };
     auto fetched = [&](int n) {
@@ -299,33 +320,35 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
         const int stage = n % STAGES;
         Four x;
         if constexpr (AHEAD) x = load_four(s.x_hat[stage] + row * ROW + at.d);
-        else x = load_four(x_hat + (int64_t(n) * M + row) * D + at.d);
+        else x = load_four(s.base.x_hat + (int64_t(n) * M + row) * D + at.d);
         return Norm{{x.x[0], x.x[1], x.x[2], x.x[3]}, s.rstd[stage][row]};
     };
     auto norm_bar_of = [&](int n, int row) {
         const int stage = n % STAGES;
         Four x;
         if constexpr (AHEAD) x = load_four(s.x_hat_bar[stage] + row * ROW + at.d);
-        else x = load_four(x_hat_bar + (int64_t(n) * M + row) * D + at.d);
+        else x = load_four(s.base.x_hat_bar + (int64_t(n) * M + row) * D + at.d);
         return Norm{{x.x[0], x.x[1], x.x[2], x.x[3]}, s.rstd_bar[stage][row]};
     };
     auto d_out_of = [&](int n, int row) {
         if constexpr (AHEAD) return load_four(s.d_out[n % STAGES] + row * ROW + at.d);
-        else return load_four(d_out + (int64_t(n) * M + row) * a.d_out.t + at.d);
+        else return load_four(s.base.d_out + (int64_t(n) * M + row) * a.d_out.t + at.d);
     };
     // LN(z2) - target
     auto inner_error = [&](const Norm& norm, int n, int row) {
         Four v, k = load_four(s.xk[n % STAGES] + row * ROW + at.d);
         if constexpr (AHEAD) v = load_four(s.xv[n % STAGES] + row * ROW + at.d);
-        else v = load_four(xv + (int64_t(n) * M + row) * a.xv.t + at.d);
+        else v = load_four(s.base.xv + (int64_t(n) * M + row) * a.xv.t + at.d);
         Four error;
-        for (int i = 0; i < 4; i++) error.x[i] = gamma[i] * norm.x_hat[i] + beta[i] - (v.x[i] - k.x[i]);
+        for (int i = 0; i < 4; i++) error.x[i] = s.gamma[at.d + i] * norm.x_hat[i] + s.beta[at.d + i] - (v.x[i] - k.x[i]);
         return error;
     };
     auto times_gamma = [&](const Four& x) {
-        return Four{x.x[0] * gamma[0], x.x[1] * gamma[1], x.x[2] * gamma[2], x.x[3] * gamma[3]};
+        const Four gamma = *reinterpret_cast<const Four*>(s.gamma + at.d);
+        return Four{x.x[0] * gamma.x[0], x.x[1] * gamma.x[1], x.x[2] * gamma.x[2], x.x[3] * gamma.x[3]};
     };
 
+    sync();
     if (SPLIT == 2) cluster_sync();  // both blocks have started
     for (int number = groups - 1; number >= 0; number--) {
         const int begin = number * group, end = begin + group < N ? begin + group : N;
@@ -339,6 +362,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             if (thread < S::OWN) s.b1[thread] = record[S::RECORD - S::OWN + thread];
             fetch(begin, false);
             for (int n = begin;; n++) {
+                refresh();
                 fetched(n);
                 {
                     const First<D> w1_r = round_first<T, D>(w1);
@@ -355,6 +379,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     if (STAGES == 2 && n + 1 < end) fetch(n + 1, false);
 #pragma unroll 1
                     for (int c = 0; c < CHUNKS; c++) {
+                    if (CHUNKS > 1) refresh();
                         const int row = CHUNK * c + at.token;
                         const Norm norm = norm_of(n, row);
                         Four g_z2 = project<D>(times_gamma(inner_error(norm, n, row)), norm);
@@ -366,6 +391,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     float step_b1[2 * FT] = {};
 #pragma unroll 1
                     for (int c = 0; c < CHUNKS; c++) {
+                    if (CHUNKS > 1) refresh();
                         float z1[FT][4], g_z1[FT][4] = {};
                         start_columns(z1, b1, t);
                         times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
@@ -396,11 +422,12 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
         // Back.
         float d_w1[FK][D / 8][4], d_w2[D / 16][FT][4];
         if (number == groups - 1)
-            load_weights<D>(d_w1, d_w2, a.d_final_w1 + chain * F * D, a.d_final_w2 + chain * F * D, column, lane);
-        else restore_weights<D>(d_w1, d_w2, work_d_w, thread);
+            load_weights<D>(d_w1, d_w2, a.d_final_w1 + chain * F * D, a.d_final_w2 + chain * F * D, rank * S::OWN + warp * SLICE, lane);
+        else restore_weights<D>(d_w1, d_w2, work_d_w(), thread);
         fetch(end - 1, true);
         fetch_weights(end - 1 - begin);
         for (int n = end - 1; n >= begin; n--) {
+            refresh();
             const int stage = n % STAGES;
             // Of this warp's column `lane`.
             const float b1_n = AHEAD || lane >= SLICE ? 0 : b1_of(n - begin)[SLICE * warp + lane];
@@ -415,6 +442,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
 
             const float scale = -eta_last;
 
+            refresh();
             // Norms: d_z2_bar, and g_z2 again.
             float step_b2[4] = {};
 #pragma unroll 1
@@ -424,7 +452,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                 const Four d_y = d_out_of(n, row);
                 const Four d_z2_bar = project<D>(times_gamma(d_y), norm_bar);
                 for (int i = 0; i < 4; i++) {
-                    d_gamma[i] += d_y.x[i] * norm_bar.x_hat[i], d_beta[i] += d_y.x[i];
+                    s.d_gamma[thread].x[i] += d_y.x[i] * norm_bar.x_hat[i], s.d_beta[thread].x[i] += d_y.x[i];
                     step_b2[i] += d_z2_bar.x[i];
                 }
                 store_four(s.d_z2_bar + row * ROW + at.d, d_z2_bar.x);
@@ -467,7 +495,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                 Four d_x_hat = times_gamma(d_error);
                 for (int i = 0; i < 4; i++) {
                     d_x_hat.x[i] -= norm.rstd * (along_p * d_g.x[i] + along_d_g * p.x[i]);
-                    d_gamma[i] += d_p.x[i] * error.x[i] + d_error.x[i] * norm.x_hat[i], d_beta[i] += d_error.x[i];
+                    s.d_gamma[thread].x[i] += d_p.x[i] * error.x[i] + d_error.x[i] * norm.x_hat[i];
+                    s.d_beta[thread].x[i] += d_error.x[i];
                 }
                 Four d_z2 = project<D>(d_x_hat, norm), d_target;
                 for (int i = 0; i < 4; i++) {
@@ -475,8 +504,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     d_target.x[i] = -d_error.x[i];
                 }
                 store_four(s.d_z2 + row * ROW + at.d, d_z2.x);
-                if (c % SPLIT == rank) store_four(d_xv + token * own_stride + at.d, d_target.x);
-                held[c * S::THREADS] = d_target;
+                if (c % SPLIT == rank) store_four(s.base.d_xv + token * own_stride + at.d, d_target.x);
+                held(c) = d_target;
             };
             // Of a cluster: the sum of both blocks.
             auto both = [&](int own, int sent) {
@@ -486,12 +515,12 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             auto write_d_xq = [&](Four sum, int c) {
                 const Four d_y = d_out_of(n, CHUNK * c + at.token);
                 for (int i = 0; i < 4; i++) sum.x[i] += d_y.x[i];
-                store_four(d_xq + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
+                store_four(s.base.d_xq + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
             };
             auto write_d_xk = [&](Four sum, int c) {
-                const Four d_target = held[c * S::THREADS];
+                const Four d_target = held(c);
                 for (int i = 0; i < 4; i++) sum.x[i] -= d_target.x[i];
-                store_four(d_xk + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
+                store_four(s.base.d_xk + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
             };
             auto eta_of = [&](int i, int j, int e) {  // of token rows in chunk i, columns in chunk j; 0 above the diagonal
                 const int row = CHUNK * i + g + e / 2 % 2 * 8, col = CHUNK * j + e / 4 * 8 + 2 * t + e % 2;
@@ -537,13 +566,15 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                 sync();
             }
 
+            refresh();
             // Read: the read-out's own cotangents; not causal they are part of d_w already where the update is pulled back.
             float read_b1[2 * FT] = {};
             if (CAUSAL) {
-                const First<D> w1_r = first_of(n - begin);
-                const Second<D> w2_t = second_t_of(n - begin);
+                const auto w1_r = first_of(n - begin);
+                const auto w2_t = second_t_of(n - begin);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
+                    if (CHUNKS > 1) refresh();
                     float z1[FT][4], g_z1[FT][4] = {};
                     start_columns(z1, b1, t);
                     times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
@@ -575,10 +606,11 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             }
             {
                 const int now = n - begin + (CAUSAL ? 0 : 1);
-                const First<D> w1_r = first_of(now), w1_t = AHEAD ? first_t_of(now) : transpose(w1_r);
-                const Second<D> w2_t = second_t_of(now);
+                auto w1_r = first_of(now);
+                const auto w2_t = second_t_of(now);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
+                    if (CHUNKS > 1) refresh();
                     float z1_bar[FT][4], d_z1_bar[FT][4] = {};
                     start_columns(z1_bar, b1, t);
                     times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
@@ -610,7 +642,11 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     const Columns x2_bar_t = transpose(round_columns<T>(z1_bar)), d_z1_bar_r = round_columns<T>(d_z1_bar);
                     const Columns d_z1_bar_t = transpose(d_z1_bar_r);
                     float part[D / 8][4] = {};
-                    times_first_t<T, D>(part, d_z1_bar_r, w1_t);
+                    if constexpr (AHEAD) times_first_t<T, D>(part, d_z1_bar_r, first_t_of(now));
+                    else {
+                        if (CHUNKS > 1) pin(w1_r);
+                        times_first_t<T, D>(part, d_z1_bar_r, transpose(w1_r));
+                    }
                     if (CAUSAL) {
                         keep(slot(X2_BAR, c), x2_bar_t, lane);
                         keep(slot(D_Z1_BAR, c), d_z1_bar_t, lane);
@@ -631,7 +667,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                             uint32_t p[4];
                             square_as_a<T>(p, d_attn);
                             times_rows<T, D>(part, p, xk_tile, CHUNK * j, lane);
-                            reinterpret_cast<Words*>(work_attn + number * S::WARPS * 128)[lane] = {p[0], p[1], p[2], p[3]};
+                            work_attn(number) = {p[0], p[1], p[2], p[3]};
                         }
                     } else {
                         update_first<T, D>(d_w1, d_z1_bar_t, xq_tile, CHUNK * c, lane);
@@ -643,19 +679,21 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     else other->sent[CHUNKS + c / 2][thread] = sum;
                 }
             }
+            const float read_b1_sum = sum_columns(read_b1, lane);
             if (!CAUSAL) {
-                const float step = sum_columns(read_b1, lane);
-                if (owns_column(lane)) d_b1[column_of(lane)] += step;
+                if (owns_column(lane)) d_b1[column_of(lane)] += read_b1_sum;
                 if (lane < SLICE) b1[lane] = b1_n;
                 sync_warp();
             }
 
+            refresh();
             // Update: what d_w pulls back, up to d_z2.
             {
-                const First<D> w1_r = AHEAD ? First<D>() : first_of(n - begin);
-                const Second<D> w2_t = AHEAD ? Second<D>() : second_t_of(n - begin);
+                const auto w1_r = first_of(n - begin);
+                const auto w2_t = second_t_of(n - begin);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
+                    if (CHUNKS > 1) refresh();
                     if (CHUNKS > 1) pin(d_w1), pin(d_w2);
                     const float step[2] = {scale * lr_n[CHUNK * c + g], scale * lr_n[CHUNK * c + g + 8]};
                     float slope[FT][4], bend[FT][4], pulled1[FT][4], pulled_x2[FT][4] = {}, along[2] = {};
@@ -769,6 +807,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                 cluster_sync();
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
+                    if (CHUNKS > 1) refresh();
                     second_order(both(c, c), c);
                     if (c % 2 == rank) write_d_xq(both(CHUNKS + c / 2, CHUNKS + c / 2), c);
                 }
@@ -781,16 +820,18 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             if (rank == 0 && thread < M) {
                 along += s.along_b2[thread];
                 d_eta_last -= lr_n[thread] * along;
-                d_lr[(int64_t(n) * M + thread) * a.heads] = from_float<T>(d_lr_read - eta_last * along);
+                s.base.d_lr[(int64_t(n) * M + thread) * a.heads] = from_float<T>(d_lr_read - eta_last * along);
             }
 
+            refresh();
             // First: d_z1 and d_xk.
             float step_b1[2 * FT] = {};
             {
-                const First<D> w1_t = first_t_of(n - begin);
-                const Second<D> w2_t = second_t_of(n - begin);
+                const auto w1_t = first_t_of(n - begin);
+                const auto w2_t = second_t_of(n - begin);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
+                    if (CHUNKS > 1) refresh();
                     if (CHUNKS > 1) pin(d_w1);
                     const float step[2] = {scale * lr_n[CHUNK * c + g], scale * lr_n[CHUNK * c + g + 8]};
                     float part[D / 8][4] = {}, d_z1[FT][4] = {};
@@ -814,7 +855,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
 #pragma unroll 1
                         for (int i = c; i < CHUNKS; i++) {
                             const int number = i * (i + 1) / 2 + c;
-                            Words p = reinterpret_cast<const Words*>(work_attn + number * S::WARPS * 128)[lane];
+                            Words p = work_attn(number);
                             transpose_a(p.x);
                             times_rows<T, D>(part, p.x, xq_tile, CHUNK * i, lane);
                         }
@@ -826,6 +867,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                 }
             }
 
+            refresh();
             // Weights.
             if (n > begin) fetch_weights(n - 1 - begin);
 #pragma unroll 1
@@ -838,9 +880,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     update_second<T, D>(d_w2, kept(slot(X2_BAR, c), lane), s.d_z2_bar, CHUNK * c, lane);
                 }
             }
-            if (CAUSAL)
-                for (int i = 0; i < 2 * FT; i++) step_b1[i] += read_b1[i];
-            const float step = sum_columns(step_b1, lane);
+            const float step = sum_columns(step_b1, lane) + (CAUSAL ? read_b1_sum : 0.0f);
             if (owns_column(lane)) d_b1[column_of(lane)] += step;
             if (SPLIT == 2) {
                 cluster_sync();
@@ -848,8 +888,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             } else if (STAGES == 1) sync();
             if (STAGES == 1 && n > begin) fetch(n - 1, true);
         }
-        if (number > 0) save_weights<D>(work_d_w, d_w1, d_w2, thread);
-        else store_weights<D>(a.d_w1 + chain * F * D, a.d_w2 + chain * F * D, d_w1, d_w2, column, lane);
+        if (number > 0) save_weights<D>(work_d_w(), d_w1, d_w2, thread);
+        else store_weights<D>(a.d_w1 + chain * F * D, a.d_w2 + chain * F * D, d_w1, d_w2, rank * S::OWN + warp * SLICE, lane);
     }
 
     // What is left: the first state's biases, and this chain's part of what is summed over the batch and time.
@@ -857,11 +897,12 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
     if (thread < S::OWN) a.d_b1[chain * F + rank * S::OWN + thread] = s.d_b1[thread];
     float* last = s.partials[0];
     if (thread < M) last[thread] = d_eta_last;
+    Four d_gamma = s.d_gamma[thread], d_beta = s.d_beta[thread];
 #pragma unroll
-    for (int i = 0; i < 4; i++) d_gamma[i] = sum_tokens<D>(d_gamma[i]), d_beta[i] = sum_tokens<D>(d_beta[i]);
+    for (int i = 0; i < 4; i++) d_gamma.x[i] = sum_tokens<D>(d_gamma.x[i]), d_beta.x[i] = sum_tokens<D>(d_beta.x[i]);
     if (lane < S::LANES)
         for (int i = 0; i < 4; i++) {
-            last[M + warp * 2 * D + at.d + i] = d_gamma[i], last[M + warp * 2 * D + D + at.d + i] = d_beta[i];
+            last[M + warp * 2 * D + at.d + i] = d_gamma.x[i], last[M + warp * 2 * D + D + at.d + i] = d_beta.x[i];
             if (warp + rank == 0) a.d_b2[chain * D + at.d + i] = d_b2[i];
         }
     sync();
