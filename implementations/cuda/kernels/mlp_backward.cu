@@ -199,6 +199,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
     using W = Work<D, M>;
     constexpr int CHUNKS = M / CHUNK, F = S::F, ROW = S::ROW, STAGES = Shared::STAGES;
     constexpr bool AHEAD = Shared::AHEAD;
+    constexpr int TOGETHER = 2 * SPLIT;  // chunks whose LayerNorms overlap in time
     TTT_SHARED(memory);
     auto& s = *reinterpret_cast<Shared*>(memory);
     int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -377,9 +378,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     const T* xk_tile = s.xk[n % STAGES];
                     const float* lr_n = s.lr[n % STAGES];
                     if (STAGES == 2 && n + 1 < end) fetch(n + 1, false);
-#pragma unroll 1
+#pragma unroll TOGETHER
                     for (int c = 0; c < CHUNKS; c++) {
-                    if (CHUNKS > 1) refresh();
                         const int row = CHUNK * c + at.token;
                         const Norm norm = norm_of(n, row);
                         Four g_z2 = project<D>(times_gamma(inner_error(norm, n, row)), norm);
@@ -445,7 +445,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             refresh();
             // Norms: d_z2_bar, and g_z2 again.
             float step_b2[4] = {};
-#pragma unroll 1
+#pragma unroll TOGETHER
             for (int c = 0; c < CHUNKS; c++) {
                 const int row = CHUNK * c + at.token;
                 const Norm norm_bar = norm_bar_of(n, row), norm = norm_of(n, row);
@@ -805,12 +805,12 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                 sum_along();
                 if (rank == 1 && thread < M) other->sent_along[thread] = along, other->sent_lr[thread] = d_lr_read;
                 cluster_sync();
-#pragma unroll 1
-                for (int c = 0; c < CHUNKS; c++) {
-                    if (CHUNKS > 1) refresh();
-                    second_order(both(c, c), c);
-                    if (c % 2 == rank) write_d_xq(both(CHUNKS + c / 2, CHUNKS + c / 2), c);
-                }
+                refresh();
+#pragma unroll TOGETHER
+                for (int c = 0; c < CHUNKS; c++) second_order(both(c, c), c);
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c += 2)
+                    if (c + rank < CHUNKS) write_d_xq(both(CHUNKS + c / 2, CHUNKS + c / 2), c + rank);
                 if (rank == 0 && thread < M) along += s.sent_along[thread], d_lr_read += s.sent_lr[thread];
             }
             share_b2();

@@ -75,7 +75,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
     float next_lr = 0;  // of token `thread`, on its way to shared memory
     auto fetch = [&](int n) {
         const int stage = n & 1;
-        if (n >= LATE) load_tokens<T, D, M>(s.xq[stage], xq + int64_t(n - LATE) * M * a.xq.t, a.xq.t, a.aligned, thread);
+        const int64_t first = int64_t(n < LATE ? 0 : n - LATE) * M;
+        load_tokens<T, D, M>(s.xq[stage], xq + first * a.xq.t, a.xq.t, a.aligned, thread);
         if (n < N) {
             load_tokens<T, D, M>(s.xk[stage], xk + int64_t(n) * M * a.xk.t, a.xk.t, a.aligned, thread);
             load_tokens<T, D, M>(s.xv[stage], xv + int64_t(n) * M * a.xv.t, a.xv.t, a.aligned, thread);
@@ -172,57 +173,51 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
             const Second<D> w2_r = round_second<T, D>(w2);
 #pragma unroll 1
             for (int c = 0; c < CHUNKS; c++) {
-                if (n < N) {
-                    float part[D / 8][4] = {};
-                    {
-                        float z1[FT][4], slope[FT][4];
-#pragma unroll
-                        for (int k = 0; k < FT; k++) {
-                            Two b = *reinterpret_cast<const Two*>(b1 + 8 * k + 2 * t);
-                            z1[k][0] = z1[k][2] = b.x[0], z1[k][1] = z1[k][3] = b.x[1];
-                        }
-                        times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
-#pragma unroll
-                        for (int e = 0; e < 4 * FT; e++) {
-                            Gelu y = gelu_first(z1[e / 4][e % 4]);
-                            z1[e / 4][e % 4] = y.value, slope[e / 4][e % 4] = y.first;
-                        }
-                        const Columns x2 = round_columns<T>(z1);
-                        keep(s.x2[c][warp], x2, lane);
-                        keep(s.slope[c][warp], round_columns<fp16>(slope), lane);
-                        times_second<T, D>(part, x2, w2_r);
-                    }
-                    const Four z2 = sum_warps(part);
-                    if (SPLIT == 1) inner_gradient(z2, c);
-                    else {
-                        s.mine[c][thread] = z2;
-                        other->sent[n & 1][c][thread] = z2;
-                    }
-                }
-                if (!CAUSAL && n > 0) {
-                    float part[D / 8][4] = {}, z1_bar[FT][4];
+                float part[D / 8][4] = {}, part_bar[D / 8][4] = {};
+                {
+                    float z1[FT][4], z1_bar[FT][4], slope[FT][4];
 #pragma unroll
                     for (int k = 0; k < FT; k++) {
                         Two b = *reinterpret_cast<const Two*>(b1 + 8 * k + 2 * t);
-                        z1_bar[k][0] = z1_bar[k][2] = b.x[0], z1_bar[k][1] = z1_bar[k][3] = b.x[1];
+                        z1[k][0] = z1[k][2] = z1_bar[k][0] = z1_bar[k][2] = b.x[0];
+                        z1[k][1] = z1[k][3] = z1_bar[k][1] = z1_bar[k][3] = b.x[1];
                     }
-                    times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
+                    // In the first round z1_bar is of no use, in the last z1: without a branch they overlap in time.
+                    times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
+                    if (!CAUSAL) times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
 #pragma unroll
                     for (int e = 0; e < 4 * FT; e++) {
-                        float& z = z1_bar[e / 4][e % 4];
-                        z *= gelu_sigmoid(z);
+                        Gelu y = gelu_first(z1[e / 4][e % 4]);
+                        z1[e / 4][e % 4] = y.value, slope[e / 4][e % 4] = y.first;
+                        if (!CAUSAL) z1_bar[e / 4][e % 4] *= gelu_sigmoid(z1_bar[e / 4][e % 4]);
                     }
-                    times_second<T, D>(part, round_columns<T>(z1_bar), w2_r);
-                    read(sum_warps(part), xq_tile, n - 1, c);
+                    const Columns x2 = round_columns<T>(z1);
+                    keep(s.x2[c][warp], x2, lane);
+                    keep(s.slope[c][warp], round_columns<fp16>(slope), lane);
+                    times_second<T, D>(part, x2, w2_r);
+                    if (!CAUSAL) times_second<T, D>(part_bar, round_columns<T>(z1_bar), w2_r);
+                }
+                const Four z2 = sum_warps(part);
+                if (SPLIT == 2) {
+                    s.mine[c][thread] = z2;
+                    other->sent[n & 1][c][thread] = z2;
+                } else if (n < N) inner_gradient(z2, c);
+                if (!CAUSAL) {
+                    const Four z2_bar = sum_warps(part_bar);
+                    if (n > 0) read(z2_bar, xq_tile, n - 1, c);
                 }
             }
         }
         if (SPLIT == 2) {
             cluster_sync();
-#pragma unroll 1
-            for (int c = 0; c < CHUNKS; c++) {
-                if (n < N) inner_gradient(both(c), c);
-                if (!CAUSAL && n > 0 && c % 2 == rank) write_out(both(CHUNKS + c / 2), xq_tile, n - 1, c);
+            if (n < N) {
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) inner_gradient(both(c), c);
+            }
+            if (!CAUSAL && n > 0) {
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c += 2)
+                    if (c + rank < CHUNKS) write_out(both(CHUNKS + c / 2), xq_tile, n - 1, c + rank);
             }
         }
         if (n == N) break;
