@@ -412,6 +412,22 @@ TTT_INLINE void load_tokens(T* tile, const T* p, int64_t stride, bool aligned, i
             for (int k = 0; k < 8; k++) to[k] = from[k];
     }
 }
+// Of two tensors the same 16 rows, each by half of the threads.
+template <typename T, int D>
+TTT_INLINE void load_two(
+    T* tile_a, const T* p_a, int64_t stride_a, T* tile_b, const T* p_b, int64_t stride_b, bool aligned, int thread
+) {
+    constexpr int PIECES = D / 8, HALF = CHUNK * PIECES;
+    static_assert(2 * HALF == Sizes<D>::THREADS);
+    const bool b = thread >= HALF;
+    const int row = thread % HALF / PIECES, col = thread % PIECES * 8;
+    const T* from = (b ? p_b : p_a) + row * (b ? stride_b : stride_a) + col;
+    T* to = (b ? tile_b : tile_a) + row * Sizes<D>::ROW + col;
+    if (aligned) copy_async_16(to, from);
+    else
+#pragma unroll 1
+        for (int k = 0; k < 8; k++) to[k] = from[k];
+}
 template <typename T> TTT_INLINE void store_four(T* p, const float (&x)[4]) {
     *reinterpret_cast<Pair*>(p) = {pack<T>(x[0], x[1]), pack<T>(x[2], x[3])};
 }

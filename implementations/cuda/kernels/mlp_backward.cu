@@ -95,16 +95,18 @@ template <int D> TTT_INLINE uint32_t& word(First<D>& w, int q) { return w.x[q / 
 template <int D> TTT_INLINE uint32_t& word(Second<D>& w, int q) { return w.x[q / (2 * FT)][q / 2 % FT][q % 2]; }
 
 template <int D, typename W> TTT_INLINE void save_words(Words* to, W w, int thread) {
+    to += thread;
 #pragma unroll
     for (int k = 0; k < D / 8 / SPLIT; k++)
-        to[k * Sizes<D>::THREADS + thread] = {
+        to[k * Sizes<D>::THREADS] = {
             word<D>(w, 4 * k), word<D>(w, 4 * k + 1), word<D>(w, 4 * k + 2), word<D>(w, 4 * k + 3)};
 }
 template <int D, typename W> TTT_INLINE W restore_words(const Words* from, int thread) {
     W w;
+    from += thread;
 #pragma unroll
     for (int k = 0; k < D / 8 / SPLIT; k++) {
-        Words y = from[k * Sizes<D>::THREADS + thread];
+        Words y = from[k * Sizes<D>::THREADS];
 #pragma unroll
         for (int i = 0; i < 4; i++) word<D>(w, 4 * k + i) = y.x[i];
     }
@@ -113,8 +115,9 @@ template <int D, typename W> TTT_INLINE W restore_words(const Words* from, int t
 // The same as 8 x 8 blocks one after another, which ldmatrix gives as they are or transposed.
 template <int D> TTT_INLINE void save_blocks(uint32_t* to, First<D> w1, Second<D> w2, int lane) {
     constexpr int BLOCKS = D / 2 / SPLIT;
+    to += lane;
 #pragma unroll
-    for (int q = 0; q < BLOCKS; q++) to[32 * q + lane] = word<D>(w1, q), to[32 * (BLOCKS + q) + lane] = word<D>(w2, q);
+    for (int q = 0; q < BLOCKS; q++) to[32 * q] = word<D>(w1, q), to[32 * (BLOCKS + q)] = word<D>(w2, q);
 }
 
 // A square of scores of 16 x 16 tokens, in the places of an accumulator: x[e] is row g + 8 (e / 2 % 2), column
@@ -273,15 +276,16 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
     auto fetch = [&](int n, bool both) {
         const int stage = n % STAGES;
         const int64_t first = int64_t(n) * M;
-        load_tokens<T, D, M>(s.xk[stage], s.base.xk + first * a.xk.t, a.xk.t, a.aligned, thread);
-        if (both) load_tokens<T, D, M>(s.xq[stage], s.base.xq + first * a.xq.t, a.xq.t, a.aligned, thread);
+        const T *from_xk = s.base.xk + first * a.xk.t, *from_xq = s.base.xq + first * a.xq.t;
         if constexpr (AHEAD) {
-            load_tokens<T, D, M>(s.xv[stage], s.base.xv + first * a.xv.t, a.xv.t, a.aligned, thread);
-            load_tokens<fp16, D, M>(s.x_hat[stage], s.base.x_hat + first * D, D, true, thread);
-            if (both) {
-                load_tokens<T, D, M>(s.d_out[stage], s.base.d_out + first * a.d_out.t, a.d_out.t, a.aligned, thread);
-                load_tokens<fp16, D, M>(s.x_hat_bar[stage], s.base.x_hat_bar + first * D, D, true, thread);
-            }
+            const T *from_xv = s.base.xv + first * a.xv.t, *from_d_out = s.base.d_out + first * a.d_out.t;
+            load_two<T, D>(s.xk[stage], from_xk, a.xk.t, s.xv[stage], from_xv, a.xv.t, a.aligned, thread);
+            if (both) load_two<T, D>(s.xq[stage], from_xq, a.xq.t, s.d_out[stage], from_d_out, a.d_out.t, a.aligned, thread);
+            const fp16 *from_x_hat = s.base.x_hat + first * D, *from_bar = s.base.x_hat_bar + first * D;
+            load_two<fp16, D>(s.x_hat[stage], from_x_hat, D, s.x_hat_bar[stage], from_bar, D, true, thread);
+        } else {
+            load_tokens<T, D, M>(s.xk[stage], from_xk, a.xk.t, a.aligned, thread);
+            if (both) load_tokens<T, D, M>(s.xq[stage], from_xq, a.xq.t, a.aligned, thread);
         }
         copy_async_commit();
         if (thread < M) {
@@ -300,9 +304,10 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
     };
     auto fetch_weights = [&](int k) {
         if constexpr (AHEAD) {
-            const uint32_t* from = reinterpret_cast<const uint32_t*>(weights_of(k)) + warp * 32 * D / SPLIT;
+            const uint32_t* from = reinterpret_cast<const uint32_t*>(weights_of(k)) + warp * 32 * D / SPLIT + 4 * lane;
+            uint32_t* to = s.weights[warp] + 4 * lane;
 #pragma unroll
-            for (int i = 0; i < D / 4 / SPLIT; i++) copy_async_16(s.weights[warp] + 4 * (32 * i + lane), from + 4 * (32 * i + lane));
+            for (int i = 0; i < D / 4 / SPLIT; i++) copy_async_16(to + 128 * i, from + 128 * i);
             if (lane < SLICE / 4) copy_async_16(b1 + 4 * lane, b1_of(k) + SLICE * warp + 4 * lane);
             copy_async_commit();
         }

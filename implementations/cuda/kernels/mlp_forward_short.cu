@@ -70,8 +70,8 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
         if (n >= LATE && n < N + LATE)
             load_tokens<T, D, M>(s.xq[stage], xq + int64_t(n - LATE) * M * a.xq.t, a.xq.t, a.aligned, thread);
         if (n < N) {
-            load_tokens<T, D, M>(s.xk[stage], xk + int64_t(n) * M * a.xk.t, a.xk.t, a.aligned, thread);
-            load_tokens<T, D, M>(s.xv[stage], xv + int64_t(n) * M * a.xv.t, a.xv.t, a.aligned, thread);
+            const T *from_xk = xk + int64_t(n) * M * a.xk.t, *from_xv = xv + int64_t(n) * M * a.xv.t;
+            load_two<T, D>(s.xk[stage], from_xk, a.xk.t, s.xv[stage], from_xv, a.xv.t, a.aligned, thread);
             if (thread < M) next_lr = to_float(lr[(int64_t(n) * M + thread) * a.lr.t]);
         }
         copy_async_commit();
