@@ -202,7 +202,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
     using W = Work<D, M>;
     constexpr int CHUNKS = M / CHUNK, F = S::F, ROW = S::ROW, STAGES = Shared::STAGES;
     constexpr bool AHEAD = Shared::AHEAD;
-    constexpr int TOGETHER = 2 * SPLIT;  // chunks whose LayerNorms overlap in time
+    constexpr int TOGETHER = CHUNKS < 2 * SPLIT ? CHUNKS : 2 * SPLIT;  // chunks that are loaded before one is stored
     TTT_SHARED(memory);
     auto& s = *reinterpret_cast<Shared*>(memory);
     int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -383,14 +383,23 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     const T* xk_tile = s.xk[n % STAGES];
                     const float* lr_n = s.lr[n % STAGES];
                     if (STAGES == 2 && n + 1 < end) fetch(n + 1, false);
-#pragma unroll TOGETHER
-                    for (int c = 0; c < CHUNKS; c++) {
-                        const int row = CHUNK * c + at.token;
-                        const Norm norm = norm_of(n, row);
-                        Four g_z2 = project<D>(times_gamma(inner_error(norm, n, row)), norm);
-                        store_four(s.g_z2 + row * ROW + at.d, g_z2.x);
-                        for (int i = 0; i < 4; i++) g_z2.x[i] *= -eta_last * lr_n[row];
-                        store_four(s.d_z2 + row * ROW + at.d, g_z2.x);
+#pragma unroll 1
+                    for (int first = 0; first < CHUNKS; first += TOGETHER) {
+                        Norm norm[TOGETHER];
+                        Four error[TOGETHER];
+#pragma unroll
+                        for (int c = 0; c < TOGETHER; c++) {
+                            const int row = CHUNK * (first + c) + at.token;
+                            norm[c] = norm_of(n, row), error[c] = inner_error(norm[c], n, row);
+                        }
+#pragma unroll
+                        for (int c = 0; c < TOGETHER; c++) {
+                            const int row = CHUNK * (first + c) + at.token;
+                            Four g_z2 = project<D>(times_gamma(error[c]), norm[c]);
+                            store_four(s.g_z2 + row * ROW + at.d, g_z2.x);
+                            for (int i = 0; i < 4; i++) g_z2.x[i] *= -eta_last * lr_n[row];
+                            store_four(s.d_z2 + row * ROW + at.d, g_z2.x);
+                        }
                     }
                     sync();
                     float step_b1[2 * FT] = {};
@@ -450,19 +459,28 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             refresh();
             // Norms: d_z2_bar, and g_z2 again.
             float step_b2[4] = {};
-#pragma unroll TOGETHER
-            for (int c = 0; c < CHUNKS; c++) {
-                const int row = CHUNK * c + at.token;
-                const Norm norm_bar = norm_bar_of(n, row), norm = norm_of(n, row);
-                const Four d_y = d_out_of(n, row);
-                const Four d_z2_bar = project<D>(times_gamma(d_y), norm_bar);
-                for (int i = 0; i < 4; i++) {
-                    s.d_gamma[thread].x[i] += d_y.x[i] * norm_bar.x_hat[i], s.d_beta[thread].x[i] += d_y.x[i];
-                    step_b2[i] += d_z2_bar.x[i];
+#pragma unroll 1
+            for (int first = 0; first < CHUNKS; first += TOGETHER) {
+                Norm norm_bar[TOGETHER], norm[TOGETHER];
+                Four d_y[TOGETHER], error[TOGETHER];
+#pragma unroll
+                for (int c = 0; c < TOGETHER; c++) {
+                    const int row = CHUNK * (first + c) + at.token;
+                    norm_bar[c] = norm_bar_of(n, row), norm[c] = norm_of(n, row);
+                    d_y[c] = d_out_of(n, row), error[c] = inner_error(norm[c], n, row);
                 }
-                store_four(s.d_z2_bar + row * ROW + at.d, d_z2_bar.x);
-                const Four g_z2 = project<D>(times_gamma(inner_error(norm, n, row)), norm);
-                store_four(s.g_z2 + row * ROW + at.d, g_z2.x);
+#pragma unroll
+                for (int c = 0; c < TOGETHER; c++) {
+                    const int at_row = (CHUNK * (first + c) + at.token) * ROW + at.d;
+                    const Four d_z2_bar = project<D>(times_gamma(d_y[c]), norm_bar[c]);
+                    for (int i = 0; i < 4; i++) {
+                        s.d_gamma[thread].x[i] += d_y[c].x[i] * norm_bar[c].x_hat[i];
+                        s.d_beta[thread].x[i] += d_y[c].x[i];
+                        step_b2[i] += d_z2_bar.x[i];
+                    }
+                    store_four(s.d_z2_bar + at_row, d_z2_bar.x);
+                    store_four(s.g_z2 + at_row, project<D>(times_gamma(error[c]), norm[c]).x);
+                }
             }
             auto share_b2 = [&]() {
 #pragma unroll
@@ -481,11 +499,10 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             sync();
             if (!CAUSAL) add_b2();
             // The inner gradient's second order, as in implementations/torch/blocks.py: d_z2, d_xv, and d_target for d_xk.
-            auto second_order = [&](Four d_g, int c) {
+            auto second_order = [&](Four d_g, int c, const Norm& norm, const Four& error) {
                 const int row = CHUNK * c + at.token;
                 const int64_t token = int64_t(n) * M + row;
-                const Norm norm = norm_of(n, row);
-                const Four error = inner_error(norm, n, row), p = times_gamma(error);
+                const Four p = times_gamma(error);
                 const Four g_z2 = project<D>(p, norm);
                 float along_p = 0, along_b2 = 0, along_d_g = 0, through_rstd = 0;
                 for (int i = 0; i < 4; i++) {
@@ -792,9 +809,14 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     const Columns d_g_x2 = round_columns<T>(pulled1);
                     keep(slot(G_X2, c), d_g_x2, lane);
                     times_second<T, D>(part, d_g_x2, second_r_of(n - begin));
+                    if (SPLIT == 1) {
+                        const Norm norm = norm_of(n, CHUNK * c + at.token);
+                        const Four error = inner_error(norm, n, CHUNK * c + at.token);
+                        second_order(sum_warps(part, true), c, norm, error);
+                        continue;
+                    }
                     const Four d_g = sum_warps(part, true);
-                    if (SPLIT == 1) second_order(d_g, c);
-                    else s.mine[c][thread] = d_g, other->sent[c][thread] = d_g;
+                    s.mine[c][thread] = d_g, other->sent[c][thread] = d_g;
                 }
             }
             float along = 0, d_lr_read = 0;  // of token `thread`
@@ -809,10 +831,17 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                 sync();
                 sum_along();
                 if (rank == 1 && thread < M) other->sent_along[thread] = along, other->sent_lr[thread] = d_lr_read;
-                cluster_sync();
                 refresh();
-#pragma unroll TOGETHER
-                for (int c = 0; c < CHUNKS; c++) second_order(both(c, c), c);
+                Norm norm[CHUNKS];
+                Four error[CHUNKS];
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) {
+                    const int row = CHUNK * c + at.token;
+                    norm[c] = norm_of(n, row), error[c] = inner_error(norm[c], n, row);
+                }
+                cluster_sync();
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) second_order(both(c, c), c, norm[c], error[c]);
 #pragma unroll
                 for (int c = 0; c < CHUNKS; c += 2)
                     if (c + rank < CHUNKS) write_d_xq(both(CHUNKS + c / 2, CHUNKS + c / 2), c + rank);
