@@ -1,16 +1,16 @@
 // What the tensor-core kernels of TTT-MLP share: the fast weights in the registers of a block, and products with them.
 //
 // A block of D / 8 warps holds one chain, or a cluster of SPLIT = 2 blocks does, each with half of the hidden columns.
-// Warp i owns SLICE = 32 / SPLIT hidden columns f of both layers, as fp32 accumulators of the transposed weights, so that
-// an update, which accumulates, is a product into them; D / SPLIT registers a lane for each layer:
+// Warp i owns SLICE = 32 / SPLIT hidden columns f of both layers, as fp32 accumulators of the transposed weights, so
+// that an update, which accumulates, is a product into them; D / SPLIT registers a lane for each layer:
 //     W1^T [SLICE f, D]: w1[i][j] is the 16 x 8 tile of f tile i and d tile j
 //     W2^T [D, SLICE f]: w2[m][n] is the 16 x 8 tile of d tile m and f tile n
-// Rounded in pairs (`Fragments`) they are, as they lie, the B operands of xk w1 and x2 w2; with every 8 x 8 block
+// Rounded in pairs (`First`, `Second`) they are, as they lie, the B operands of xk w1 and x2 w2; with every 8 x 8 block
 // transposed (`transpose`) those of .. w1^T and .. w2^T.
 //
-// Of tokens [16, SLICE f] a warp has accumulators z[FT][4]: tile n is f = 8n .. 8n + 7. Rounded (`Columns`) they are the
-// A operand of a product over f and the B operand [f, token]; transposed, the A operand [f, token] and the B operand
-// [token, f]. So nothing but tokens and sums over f goes through shared memory.
+// Of tokens [16, SLICE f] a warp has accumulators z[FT][4]: tile n is f = 8n .. 8n + 7. Rounded (`Columns`) they are
+// the A operand of a product over f and the B operand [f, token]; transposed, the A operand [f, token] and the B
+// operand [token, f]. So nothing but tokens and sums over f goes through shared memory.
 //
 // Lanes: g = lane / 4 and t = lane % 4, as in device.cuh.
 #pragma once
@@ -136,7 +136,8 @@ template <int ROW, typename T> TTT_INLINE void load_a(uint32_t (&a)[4], const T*
     ldmatrix_x4(a, tile + (row + lane % 16) * ROW + col + lane / 16 * 8);
 }
 // A = tile[row .. row + 15, col .. col + 15]^T.
-template <int ROW, typename T> TTT_INLINE void load_a_trans(uint32_t (&a)[4], const T* tile, int row, int col, int lane) {
+template <int ROW, typename T>
+TTT_INLINE void load_a_trans(uint32_t (&a)[4], const T* tile, int row, int col, int lane) {
     ldmatrix_x4_trans(a, tile + (row + lane % 8 + lane / 16 * 8) * ROW + col + lane / 8 % 2 * 8);
 }
 // B = tile[row .. row + 15, col .. col + 15] of two products: b[0], b[1] columns 0 to 7, b[2], b[3] columns 8 to 15.
@@ -144,7 +145,8 @@ template <int ROW, typename T> TTT_INLINE void load_b(uint32_t (&b)[4], const T*
     ldmatrix_x4_trans(b, tile + (row + lane % 16) * ROW + col + lane / 16 * 8);
 }
 // B = tile[row .. row + 15, col .. col + 15]^T of two products.
-template <int ROW, typename T> TTT_INLINE void load_b_trans(uint32_t (&b)[4], const T* tile, int row, int col, int lane) {
+template <int ROW, typename T>
+TTT_INLINE void load_b_trans(uint32_t (&b)[4], const T* tile, int row, int col, int lane) {
     ldmatrix_x4(b, tile + (row + lane % 8 + lane / 16 * 8) * ROW + col + lane / 8 % 2 * 8);
 }
 
@@ -397,7 +399,7 @@ TTT_INLINE GeluSecond gelu_second(float z) {
 
 struct View { const void* p; int64_t b, t, h; };  // a tensor B T H D or B T H, and its strides
 
-// Rows first .. first + M of one head, D numbers each, to shared memory; `aligned`: every row at a multiple of 16 bytes.
+// M rows of D numbers to shared memory; `aligned`: every row at a multiple of 16 bytes.
 template <typename T, int D, int M>
 TTT_INLINE void load_tokens(T* tile, const T* p, int64_t stride, bool aligned, int thread) {
     constexpr int PIECES = D / 8;
@@ -495,9 +497,12 @@ TTT_INLINE void store_weights(
             for (int n = 0; n < FT; n++) p_w2[(first + 8 * n + col) * D + 16 * m + row] = w2[m][n][e];
     }
 }
-// The accumulators as they lie, 16 bytes of each lane after another: the records of 8 D D floats that only kernels read.
+// The accumulators as they lie, 16 bytes of each lane after another: the records of 8 D D floats that only kernels
+// read.
 template <int D>
-TTT_INLINE void save_weights(float* record, const float (&w1)[FK][D / 8][4], const float (&w2)[D / 16][FT][4], int thread) {
+TTT_INLINE void save_weights(
+    float* record, const float (&w1)[FK][D / 8][4], const float (&w2)[D / 16][FT][4], int thread
+) {
     Four* to = reinterpret_cast<Four*>(record) + thread;
 #pragma unroll
     for (int k = 0; k < FK * D / 8; k++) {
@@ -508,7 +513,9 @@ TTT_INLINE void save_weights(float* record, const float (&w1)[FK][D / 8][4], con
     }
 }
 template <int D>
-TTT_INLINE void restore_weights(float (&w1)[FK][D / 8][4], float (&w2)[D / 16][FT][4], const float* record, int thread) {
+TTT_INLINE void restore_weights(
+    float (&w1)[FK][D / 8][4], float (&w2)[D / 16][FT][4], const float* record, int thread
+) {
     const Four* from = reinterpret_cast<const Four*>(record) + thread;
 #pragma unroll
     for (int k = 0; k < FK * D / 8; k++) {

@@ -1,202 +1,29 @@
-// TTT-MLP backward: one block a chain, the cotangents of the fast weights in registers where the forward has the weights.
+// TTT-MLP backward: one block a chain (or a cluster of two), with the cotangents of the fast weights in registers, where
+// the forward has the weights.
 //
 // The chain is walked in groups of mini-batches, from the last to the first. For each group:
 //     again: the fast weights in it are computed again from the saved ones, without products with w2 (the LayerNorms
 //            are saved, so g_z2 is known), and stored rounded to the I/O dtype, as operands lie in registers
 //     back:  mini-batch by mini-batch, the cotangents; d_w waits in global memory while `again` has the registers
-// Warp i has the hidden columns 32i .. 32i + 31. A mini-batch goes in chunks of 16 tokens, through these loops, where
+// Every warp has its hidden columns. A mini-batch goes in chunks of 16 tokens, through these loops, where
 // "sum" is a sum over warps through shared memory, and what a later loop needs is kept in the warp's own slots:
 //     norms     d_z2_bar through the output's LayerNorm, and g_z2 again: D / 4 lanes a token
 //     read      z1_bar, x2_bar, d_x2_bar, d_z1_bar                       -> sum: d_xq
 //     update    z1, g_x2, g_z1; what d_w pulls back; d_g_z1, d_g_x2      -> sum: d_g_z2, then the second order: d_z2
 //     first     d_x2, d_z1                                               -> sum: d_xk
 //     weights   d_w1 += xk^T d_z1 + .., d_w2 += x2^T d_z2 + g_x2 .., causal what the read-out adds as well
-// Causal, scores over tokens that are sums over f (attn2, d_attn1) only enter linearly: every warp applies its own part.
+// Causal, scores over tokens that are sums over f (attn2, d_attn1) only enter linearly: every warp applies its own
+// part. Of a cluster, each block has half of the hidden columns; sums over f are handed over twice a mini-batch.
 //
-// Bytes a chain: the group again, (group + 1) (16 D D + 16 D) at 2 bytes a weight; d_w, 32 D D + 16 D.
-#include "mlp.cuh"
+// Global memory of a chain beside the tensors: the states of a group, rounded, (group + 1) (16 D D + 16 D) bytes; d_w,
+// 32 D D; and what `BackwardShared` has no room to keep.
+#include "mlp_cotangents.cuh"
 
 namespace ttt {
 
-struct BackwardArguments {
-    View xq, xk, xv, lr;
-    const float *token_eta, *ln_weight, *ln_bias;
-    View d_out;
-    const float *d_final_w1, *d_final_b1, *d_final_w2, *d_final_b2;
-    const float* saved;
-    const void *x_hat, *x_hat_bar;
-    const float *rstd, *rstd_bar;
-    void *d_xq, *d_xk, *d_xv, *d_lr;
-    float *d_w1, *d_b1, *d_w2, *d_b2;
-    float *d_token_eta, *d_ln_weight, *d_ln_bias;  // parts: [block, M], [chain, D]
-    unsigned char* work;                           // [block, work_size]
-    int64_t work_size, heads, mini_batches, group, aligned;
-    double eps;
-};
-
-enum Kept { X2, SLOPE, Z1, G_X2, G_Z1, X2_BAR, D_Z1_BAR };  // Z1: what of d_z1 is known, then d_z1; G_X2: d_g_x2
-
-// Where a chain's tensors start; in shared memory, since as registers they would spill.
-template <typename T> struct Bases {
-    const T *xq, *xk, *xv, *lr, *d_out;
-    T *d_xq, *d_xk, *d_xv, *d_lr;
-    const fp16 *x_hat, *x_hat_bar;
-    const float *rstd, *rstd_bar;
-    unsigned char* work;
-};
-
-template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
-    using S = Sizes<D>;
-    static constexpr int CHUNKS = M / CHUNK, TILE = M * S::ROW, STAGES = CHUNKS < 4 ? 2 : 1;
-    static constexpr int KEPT = CAUSAL ? 7 : 5;
-    static constexpr int ROOM = CHUNKS < 2 ? 7 : CHUNKS < 4 ? 5 : CAUSAL ? 3 : 4;
-    static constexpr int KEPT_SHARED = KEPT < ROOM ? KEPT : ROOM;  // the others in global memory
-    static constexpr int SQUARES = CAUSAL ? CHUNKS * (CHUNKS + 1) / 2 : 0;
-    static constexpr bool WIDE = CHUNKS < 4;                                // squares in fp32
-    // One chunk, causal: there is room for all that a mini-batch reads, copied while the one before it is computed.
-    static constexpr bool AHEAD = CHUNKS == 1 && CAUSAL;
-    static constexpr int SUMS = CHUNKS == 2 ? 2 : 1;  // buffers of partial sums
-    Bases<T> base;
-    float gamma[D], beta[D];
-    Four d_gamma[S::THREADS], d_beta[S::THREADS];  // of each thread's place
-    T xq[STAGES][TILE], xk[STAGES][TILE];
-    T xv[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], d_out[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
-    fp16 x_hat[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], x_hat_bar[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
-    uint32_t weights[S::WARPS][AHEAD ? 32 * D / SPLIT : 4];     // of w1 and w2, 8 x 8 blocks of this warp
-    float bend[S::WARPS][AHEAD ? 128 * FT : 4];              // g_x2 gelu''(z1)
-    T g_z2[TILE], d_z2_bar[TILE];
-    T d_z2[TILE];  // `again`: -eta_last lr g_z2
-    float partials[SUMS][S::WARPS * S::PARTIAL];
-    // Of a cluster: what this block summed of a chunk, and what the other sent: of d_g_z2, and of d_xq and d_xk, which go
-    // to the block that writes the chunk.
-    static constexpr int HALF = (CHUNKS + 1) / 2;
-    Four mine[SPLIT == 1 ? 1 : CHUNKS + HALF][SPLIT == 1 ? 1 : S::THREADS];
-    Four sent[SPLIT == 1 ? 1 : CHUNKS + 2 * HALF][SPLIT == 1 ? 1 : S::THREADS];
-    float sent_along[SPLIT == 1 ? 4 : M], sent_lr[SPLIT == 1 ? 4 : M];
-    uint32_t kept[KEPT_SHARED][CHUNKS][S::WARPS][SLOT_WORDS];
-    uint32_t attn1[SQUARES + 1][WIDE ? 256 : 128], d_scores2[SQUARES + 1][WIDE ? 256 : 128];
-    float lr[STAGES][M], rstd[STAGES][M], rstd_bar[STAGES][M], token_eta[M], b1[S::OWN], d_b1[S::OWN], b2_part[S::WARPS][D];
-    float along[S::WARPS][M], along_b2[M];
-    float lr_part[CAUSAL ? S::WARPS : 1][M], eta_part[CAUSAL ? S::WARPS : 1][M];
-};
-
-// What a block has in global memory.
-template <int D, int M> struct Work {
-    using S = Sizes<D>;
-    static constexpr int WEIGHTS = 16 * D * D / SPLIT;  // bytes of both layers, rounded
-    static constexpr int SLOT = WEIGHTS + 4 * S::OWN;
-    static constexpr int KEPT = M / CHUNK * S::WARPS * 4 * SLOT_WORDS;
-    static constexpr int D_WEIGHTS = 32 * D * D / SPLIT, HELD = 4 * M * D, ATTN = M / CHUNK * (M / CHUNK + 1) / 2 * S::WARPS * 512;
-    static constexpr int FIXED = D_WEIGHTS + HELD + 7 * KEPT + ATTN;  // then group + 1 slots
-};
-
-// Rounded weights in global memory, 16 bytes of each lane after another. Word q of `First` and `Second`:
-template <int D> TTT_INLINE uint32_t& word(First<D>& w, int q) { return w.x[q / (D / 4)][q / 2 % (D / 8)][q % 2]; }
-template <int D> TTT_INLINE uint32_t& word(Second<D>& w, int q) { return w.x[q / (2 * FT)][q / 2 % FT][q % 2]; }
-
-template <int D, typename W> TTT_INLINE void save_words(Words* to, W w, int thread) {
-    to += thread;
-#pragma unroll
-    for (int k = 0; k < D / 8 / SPLIT; k++)
-        to[k * Sizes<D>::THREADS] = {
-            word<D>(w, 4 * k), word<D>(w, 4 * k + 1), word<D>(w, 4 * k + 2), word<D>(w, 4 * k + 3)};
-}
-template <int D, typename W> TTT_INLINE W restore_words(const Words* from, int thread) {
-    W w;
-    from += thread;
-#pragma unroll
-    for (int k = 0; k < D / 8 / SPLIT; k++) {
-        Words y = from[k * Sizes<D>::THREADS];
-#pragma unroll
-        for (int i = 0; i < 4; i++) word<D>(w, 4 * k + i) = y.x[i];
-    }
-    return w;
-}
-// The same as 8 x 8 blocks one after another, which ldmatrix gives as they are or transposed.
-template <int D> TTT_INLINE void save_blocks(uint32_t* to, First<D> w1, Second<D> w2, int lane) {
-    constexpr int BLOCKS = D / 2 / SPLIT;
-    to += lane;
-#pragma unroll
-    for (int q = 0; q < BLOCKS; q++) to[32 * q] = word<D>(w1, q), to[32 * (BLOCKS + q)] = word<D>(w2, q);
-}
-
-// A square of scores of 16 x 16 tokens, in the places of an accumulator: x[e] is row g + 8 (e / 2 % 2), column
-// 8 (e / 4) + 2t + e % 2.
-struct Square { float x[8]; };
-
-template <typename T, bool WIDE> TTT_INLINE void store_square(uint32_t* slot, const Square& s, int lane) {
-    if (WIDE) {
-        reinterpret_cast<Four*>(slot)[lane] = {s.x[0], s.x[1], s.x[2], s.x[3]};
-        reinterpret_cast<Four*>(slot)[32 + lane] = {s.x[4], s.x[5], s.x[6], s.x[7]};
-    } else
-        reinterpret_cast<Words*>(slot)[lane] = {
-            pack<T>(s.x[0], s.x[1]), pack<T>(s.x[2], s.x[3]), pack<T>(s.x[4], s.x[5]), pack<T>(s.x[6], s.x[7])};
-}
-template <typename T, bool WIDE> TTT_INLINE Square load_square(const uint32_t* slot, int lane) {
-    Square s;
-    if (WIDE) {
-        Four a = reinterpret_cast<const Four*>(slot)[lane], b = reinterpret_cast<const Four*>(slot)[32 + lane];
-        for (int i = 0; i < 4; i++) s.x[i] = a.x[i], s.x[4 + i] = b.x[i];
-    } else {
-        Words w = reinterpret_cast<const Words*>(slot)[lane];
-        for (int i = 0; i < 4; i++) {
-            float2 y = unpack<T>(w.x[i]);
-            s.x[2 * i] = y.x, s.x[2 * i + 1] = y.y;
-        }
-    }
-    return s;
-}
-template <typename T> TTT_INLINE void square_as_a(uint32_t (&a)[4], const Square& s) {
-    for (int i = 0; i < 4; i++) a[i] = pack<T>(s.x[2 * i], s.x[2 * i + 1]);
-}
-TTT_INLINE void transpose_a(uint32_t (&a)[4]) {
-    const uint32_t upper = movmatrix(a[2]);
-    a[0] = movmatrix(a[0]), a[2] = movmatrix(a[1]), a[1] = upper, a[3] = movmatrix(a[3]);
-}
-
-// Keeps what is computed from `w` in a loop in that loop, instead of in registers all the time.
-template <int A, int B> TTT_INLINE void pin(float (&w)[A][B][4]) {
-#ifdef __CUDACC__
-#pragma unroll
-    for (int i = 0; i < A; i++)
-#pragma unroll
-        for (int j = 0; j < B; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) asm volatile("" : "+f"(w[i][j][e]));
-#endif
-}
-
-template <int D> TTT_INLINE void pin(First<D>& w) {
-#ifdef __CUDACC__
-#pragma unroll
-    for (int i = 0; i < FK; i++)
-#pragma unroll
-        for (int j = 0; j < D / 8; j++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) asm volatile("" : "+r"(w.x[i][j][h]));
-#endif
-}
-TTT_INLINE void pin(int& x) {
-#ifdef __CUDACC__
-    asm volatile("" : "+r"(x));
-#endif
-}
-
-// z [16, 32 f] = b [f]
-TTT_INLINE void start_columns(float (&z)[FT][4], const float* b, int t) {
-#pragma unroll
-    for (int k = 0; k < FT; k++) {
-        Two x = *reinterpret_cast<const Two*>(b + 8 * k + 2 * t);
-        z[k][0] = z[k][2] = x.x[0], z[k][1] = z[k][3] = x.x[1];
-    }
-}
-TTT_INLINE void add_columns(float (&sums)[2 * FT], const float (&z)[FT][4]) {
-#pragma unroll
-    for (int k = 0; k < FT; k++) sums[2 * k] += z[k][0] + z[k][2], sums[2 * k + 1] += z[k][1] + z[k][3];
-}
-
 template <typename T, int D, int M, bool CAUSAL>
-__global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ BackwardArguments a) {
+__global__ void TTT_CLUSTER
+__launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ BackwardArguments a) {
     using S = Sizes<D>;
     using Shared = BackwardShared<T, D, M, CAUSAL>;
     using W = Work<D, M>;
@@ -228,7 +55,9 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
     };
     auto work_d_w = [&] { return reinterpret_cast<float*>(s.base.work); };
     auto work_attn = [&](int number) -> Words& {  // d_attn1 of a square, of this warp
-        return reinterpret_cast<Words*>(s.base.work + W::D_WEIGHTS + W::HELD + 7 * W::KEPT)[(number * S::WARPS + warp) * 32 + lane];
+        return reinterpret_cast<Words*>(
+            s.base.work + W::D_WEIGHTS + W::HELD + 7 * W::KEPT
+        )[(number * S::WARPS + warp) * 32 + lane];
     };
 
     float d_b2[4], d_eta_last = 0;
@@ -250,7 +79,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
     // This warp's slot of what is kept of a chunk.
     auto slot = [&](int what, int c) -> uint32_t* {
         if (what < Shared::KEPT_SHARED) return s.kept[what][c][warp];
-        return reinterpret_cast<uint32_t*>(s.base.work + W::D_WEIGHTS + W::HELD) + ((what * CHUNKS + c) * S::WARPS + warp) * SLOT_WORDS;
+        return reinterpret_cast<uint32_t*>(s.base.work + W::D_WEIGHTS + W::HELD) +
+               ((what * CHUNKS + c) * S::WARPS + warp) * SLOT_WORDS;
     };
     auto weights_of = [&](int k) { return reinterpret_cast<Words*>(s.base.work + W::FIXED + k * W::SLOT); };
     auto second_of = [&](int k) { return weights_of(k) + D / 8 / SPLIT * S::THREADS; };
@@ -280,7 +110,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
         if constexpr (AHEAD) {
             const T *from_xv = s.base.xv + first * a.xv.t, *from_d_out = s.base.d_out + first * a.d_out.t;
             load_two<T, D>(s.xk[stage], from_xk, a.xk.t, s.xv[stage], from_xv, a.xv.t, a.aligned, thread);
-            if (both) load_two<T, D>(s.xq[stage], from_xq, a.xq.t, s.d_out[stage], from_d_out, a.d_out.t, a.aligned, thread);
+            if (both)
+                load_two<T, D>(s.xq[stage], from_xq, a.xq.t, s.d_out[stage], from_d_out, a.d_out.t, a.aligned, thread);
             const fp16 *from_x_hat = s.base.x_hat + first * D, *from_bar = s.base.x_hat_bar + first * D;
             load_two<fp16, D>(s.x_hat[stage], from_x_hat, D, s.x_hat_bar[stage], from_bar, D, true, thread);
         } else {
@@ -346,7 +177,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
         if constexpr (AHEAD) v = load_four(s.xv[n % STAGES] + row * ROW + at.d);
         else v = load_four(s.base.xv + (int64_t(n) * M + row) * a.xv.t + at.d);
         Four error;
-        for (int i = 0; i < 4; i++) error.x[i] = s.gamma[at.d + i] * norm.x_hat[i] + s.beta[at.d + i] - (v.x[i] - k.x[i]);
+        for (int i = 0; i < 4; i++)
+            error.x[i] = s.gamma[at.d + i] * norm.x_hat[i] + s.beta[at.d + i] - (v.x[i] - k.x[i]);
         return error;
     };
     auto times_gamma = [&](const Four& x) {
@@ -373,7 +205,10 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                 {
                     const First<D> w1_r = round_first<T, D>(w1);
                     const Second<D> w2_r = round_second<T, D>(w2), w2_t = transpose(w2_r);
-                    if (AHEAD) save_blocks<D>(reinterpret_cast<uint32_t*>(weights_of(n - begin)) + warp * 32 * D / SPLIT, w1_r, w2_r, lane);
+                    if (AHEAD)
+                        save_blocks<D>(
+                            reinterpret_cast<uint32_t*>(weights_of(n - begin)) + warp * 32 * D / SPLIT, w1_r, w2_r, lane
+                        );
                     else {
                         save_words<D>(weights_of(n - begin), w1_r, thread);
                         save_words<D>(second_of(n - begin), w2_r, thread);
@@ -405,7 +240,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     float step_b1[2 * FT] = {};
 #pragma unroll 1
                     for (int c = 0; c < CHUNKS; c++) {
-                    if (CHUNKS > 1) refresh();
+                        if (CHUNKS > 1) refresh();
                         float z1[FT][4], g_z1[FT][4] = {};
                         start_columns(z1, b1, t);
                         times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
@@ -436,7 +271,10 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
         // Back.
         float d_w1[FK][D / 8][4], d_w2[D / 16][FT][4];
         if (number == groups - 1)
-            load_weights<D>(d_w1, d_w2, a.d_final_w1 + chain * F * D, a.d_final_w2 + chain * F * D, rank * S::OWN + warp * SLICE, lane);
+            load_weights<D>(
+                d_w1, d_w2, a.d_final_w1 + chain * F * D, a.d_final_w2 + chain * F * D, rank * S::OWN + warp * SLICE,
+                lane
+            );
         else restore_weights<D>(d_w1, d_w2, work_d_w(), thread);
         fetch(end - 1, true);
         fetch_weights(end - 1 - begin);
@@ -498,7 +336,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             if (!CAUSAL) share_b2();
             sync();
             if (!CAUSAL) add_b2();
-            // The inner gradient's second order, as in implementations/torch/blocks.py: d_z2, d_xv, and d_target for d_xk.
+            // The inner gradient's second order, as in implementations/torch/blocks.py: d_z2, d_xv, and d_target for
+            // d_xk.
             auto second_order = [&](Four d_g, int c, const Norm& norm, const Four& error) {
                 const int row = CHUNK * c + at.token;
                 const int64_t token = int64_t(n) * M + row;
@@ -511,7 +350,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     along_d_g += d_g.x[i] * norm.x_hat[i], through_rstd += d_g.x[i] * g_z2.x[i];
                 }
                 along_p = sum_token<D>(along_p) * (1.0f / D), along_b2 = sum_token<D>(along_b2);
-                along_d_g = sum_token<D>(along_d_g) * (1.0f / D), through_rstd = sum_token<D>(through_rstd) * (1.0f / D);
+                along_d_g = sum_token<D>(along_d_g) * (1.0f / D),
+                through_rstd = sum_token<D>(through_rstd) * (1.0f / D);
                 if (at.d == 0) s.along_b2[row] = along_b2;
                 const Four d_p = project<D>(d_g, norm), d_error = times_gamma(d_p);
                 Four d_x_hat = times_gamma(d_error);
@@ -544,7 +384,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                 for (int i = 0; i < 4; i++) sum.x[i] -= d_target.x[i];
                 store_four(s.base.d_xk + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
             };
-            auto eta_of = [&](int i, int j, int e) {  // of token rows in chunk i, columns in chunk j; 0 above the diagonal
+            auto eta_of = [&](int i, int j,
+                              int e) {  // of token rows in chunk i, columns in chunk j; 0 above the diagonal
                 const int row = CHUNK * i + g + e / 2 % 2 * 8, col = CHUNK * j + e / 4 * 8 + 2 * t + e % 2;
                 return row >= col ? s.token_eta[row] * lr_n[col] : 0.0f;
             };
@@ -575,7 +416,9 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     int i = 0, j = number;
                     while (j > i) j -= ++i;
                     float p[2][4] = {};
-                    row_scores<T, D>(p, second ? s.d_z2_bar : xq_tile, CHUNK * i, second ? s.g_z2 : xk_tile, CHUNK * j, lane);
+                    row_scores<T, D>(
+                        p, second ? s.d_z2_bar : xq_tile, CHUNK * i, second ? s.g_z2 : xk_tile, CHUNK * j, lane
+                    );
                     Square square;
 #pragma unroll
                     for (int e = 0; e < 8; e++) {
@@ -589,7 +432,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             }
 
             refresh();
-            // Read: the read-out's own cotangents; not causal they are part of d_w already where the update is pulled back.
+            // Read: the read-out's own cotangents; not causal they are part of d_w already where the update is pulled
+            // back.
             float read_b1[2 * FT] = {};
             if (CAUSAL) {
                 const auto w1_r = first_of(n - begin);
@@ -661,7 +505,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                         z1_bar[e / 4][e % 4] = y.value, d_z1_bar[e / 4][e % 4] *= y.first;
                     }
                     add_columns(read_b1, d_z1_bar);
-                    const Columns x2_bar_t = transpose(round_columns<T>(z1_bar)), d_z1_bar_r = round_columns<T>(d_z1_bar);
+                    const Columns x2_bar_t = transpose(round_columns<T>(z1_bar)),
+                                  d_z1_bar_r = round_columns<T>(d_z1_bar);
                     const Columns d_z1_bar_t = transpose(d_z1_bar_r);
                     float part[D / 8][4] = {};
                     if constexpr (AHEAD) times_first_t<T, D>(part, d_z1_bar_r, first_t_of(now));
@@ -782,7 +627,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                             scores<T>(attn2, transpose(x2_bar_t), x2_r);
 #pragma unroll
                             for (int e = 0; e < 8; e++) {
-                                const float eta = eta_of(i, c, e), attn = attn2[e / 4][e % 4] + (warp + rank == 0 ? 1.0f : 0.0f);
+                                const float eta = eta_of(i, c, e),
+                                            attn = attn2[e / 4][e % 4] + (warp + rank == 0 ? 1.0f : 0.0f);
                                 d_eta.x[e] = d_scores2.x[e] * attn;  // d_scores2 is 0 above the diagonal
                                 attn1.x[e] *= -eta, d_scores2.x[e] *= eta, read2.x[e] = -eta * attn;
                             }
@@ -802,7 +648,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
 #pragma unroll
                     for (int e = 0; e < 4 * FT; e++) {
                         const int k = e / 4, i = e % 4;
-                        bend[k][i] = pulled1[k][i] * bend[k][i] + pulled_x2[k][i] * slope[k][i];  // of d_z1, without d_z2
+                        bend[k][i] =
+                            pulled1[k][i] * bend[k][i] + pulled_x2[k][i] * slope[k][i];  // of d_z1, without d_z2
                         pulled1[k][i] *= slope[k][i];                                             // d_g_x2
                     }
                     keep(slot(Z1, c), round_columns<T>(bend), lane);
@@ -879,7 +726,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     for (int k = 0; k < FT; k++)
                         for (int h = 0; h < 2; h++) {
                             const float2 y = unpack<fp16>(slope.x[k][h]), u = unpack<T>(known.x[k][h]);
-                            d_z1[k][2 * h] = d_z1[k][2 * h] * y.x + u.x, d_z1[k][2 * h + 1] = d_z1[k][2 * h + 1] * y.y + u.y;
+                            d_z1[k][2 * h] = d_z1[k][2 * h] * y.x + u.x,
+                                        d_z1[k][2 * h + 1] = d_z1[k][2 * h + 1] * y.y + u.y;
                         }
                     add_columns(step_b1, d_z1);
                     const Columns d_z1_r = round_columns<T>(d_z1);
@@ -918,12 +766,16 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             if (owns_column(lane)) d_b1[column_of(lane)] += step;
             if (SPLIT == 2) {
                 cluster_sync();
-                for (int c = rank; c < CHUNKS; c += 2) write_d_xk(both(CHUNKS + c / 2, CHUNKS + Shared::HALF + c / 2), c);
+                for (int c = rank; c < CHUNKS; c += 2)
+                    write_d_xk(both(CHUNKS + c / 2, CHUNKS + Shared::HALF + c / 2), c);
             } else if (STAGES == 1) sync();
             if (STAGES == 1 && n > begin) fetch(n - 1, true);
         }
         if (number > 0) save_weights<D>(work_d_w(), d_w1, d_w2, thread);
-        else store_weights<D>(a.d_w1 + chain * F * D, a.d_w2 + chain * F * D, d_w1, d_w2, rank * S::OWN + warp * SLICE, lane);
+        else
+            store_weights<D>(
+                a.d_w1 + chain * F * D, a.d_w2 + chain * F * D, d_w1, d_w2, rank * S::OWN + warp * SLICE, lane
+            );
     }
 
     // What is left: the first state's biases, and this chain's part of what is summed over the batch and time.

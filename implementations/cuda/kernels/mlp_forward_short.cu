@@ -20,7 +20,7 @@ template <typename T, int D, bool CAUSAL> struct ShortShared {
     T g_z2[TILE];
     T step_z2[TILE];  // -eta_last lr g_z2
     float partials[2][S::WARPS * S::PARTIAL];                                 // of z2 and of z2_bar
-    Four sent[SPLIT == 1 ? 1 : 2][2][SPLIT == 1 ? 1 : S::THREADS];            // by the other block of a cluster, in turns
+    Four sent[SPLIT == 1 ? 1 : 2][2][SPLIT == 1 ? 1 : S::THREADS];  // by the other block of a cluster, in turns
     float lr[3][CHUNK], token_eta[CHUNK], b1[S::OWN], b2_part[2][S::WARPS][D];
 };
 
@@ -159,7 +159,8 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
         if (n < N) {
             for (int i = 0; i < 4; i++) z2.x[i] += b2[i];
             const Norm norm = normalise<D>(z2, eps);
-            const Four k = load_four(xk_tile + at.token * ROW + at.d), v = load_four(s.xv[stage] + at.token * ROW + at.d);
+            const Four k = load_four(xk_tile + at.token * ROW + at.d),
+                       v = load_four(s.xv[stage] + at.token * ROW + at.d);
             Four p;
             for (int i = 0; i < 4; i++) p.x[i] = gamma[i] * (gamma[i] * norm.x_hat[i] + beta[i] - (v.x[i] - k.x[i]));
             Four g_z2 = project<D>(p, norm);
@@ -216,7 +217,8 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
             float attn2[2][4] = {};
             scores<T>(attn2, x2_bar, x2);
 #pragma unroll
-            for (int e = 0; e < 8; e++) attn2[e / 4][e % 4] = eta[e] * (attn2[e / 4][e % 4] + (warp + rank == 0 ? 1.0f : 0.0f));
+            for (int e = 0; e < 8; e++)
+                attn2[e / 4][e % 4] = eta[e] * (attn2[e / 4][e % 4] + (warp + rank == 0 ? 1.0f : 0.0f));
             round_scores<T>(read, attn2);
             times_rows<T, D>(part, read, s.g_z2, 0, lane);
             store_partial<D>(s.partials[1] + warp * S::PARTIAL, part, lane);
