@@ -1,14 +1,15 @@
-// TTT-MLP forward: one block a chain (or SPLIT = 2, a cluster), the fast weights in registers as accumulators of their own updates (mlp.cuh).
+// TTT-MLP forward: one block a chain (or SPLIT = 2, a cluster), the fast weights in registers as accumulators of their
+// own updates (mlp.cuh).
 //
 // A mini-batch goes in chunks of 16 tokens. Every warp has its hidden columns of everything:
 //     1. z1 = xk w1 + b1, x2 = gelu(z1), its part of z2 = x2 w2     -> summed over warps through shared memory
 //        LayerNorm and inner gradient there, D / 4 lanes a token    -> g_z2 in shared memory
-//     2. g_x2 = g_z2 w2^T, g_z1 = g_x2 gelu'(z1), and the updates W1^T -= (eta lr g_z1)^T xk, W2^T -= (eta lr g_z2)^T x2
+//     2. g_x2 = g_z2 w2^T, g_z1 = g_x2 gelu'(z1); W1^T -= (eta lr g_z1)^T xk, W2^T -= (eta lr g_z2)^T x2
 // Causal, the read-out follows from the old weights: z1_bar = xq w1 + b1 - (eta (tril(xq xk^T) + tril(1))) g_z1, and
-// since z2_bar is linear in attn2 = x2_bar x2^T, a sum over f, every warp applies its own part of attn2 to g_z2 and only
-// z2_bar is summed. Not causal, the read-out of mini-batch n reads the weights that mini-batch n + 1 starts from, and
-// is computed beside its z2.
-// A cluster hands over what its blocks summed, z2 to both and z2_bar of every other chunk, once a mini-batch.
+// since z2_bar is linear in attn2 = x2_bar x2^T, a sum over f, every warp applies its own part of attn2 to g_z2 and
+// only z2_bar is summed. Not causal, the read-out of mini-batch n reads the weights that mini-batch n + 1 starts from,
+// and is computed beside its z2. A cluster hands over what its blocks summed, z2 to both and z2_bar of every other
+// chunk, once a mini-batch.
 //
 // Bytes: the inputs and out once; for the backward the fast weights of every `group`-th mini-batch in fp32 (8 D D + 4 D
 // floats in group M tokens), and x_hat (fp16) and rstd of both LayerNorms, 4 D + 8 bytes a token.
@@ -36,7 +37,8 @@ template <typename T, int D, int M, bool CAUSAL> struct ForwardShared {
 };
 
 template <typename T, int D, int M, bool CAUSAL>
-__global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ ForwardArguments a) {
+__global__ void TTT_CLUSTER
+__launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ ForwardArguments a) {
     using S = Sizes<D>;
     constexpr int CHUNKS = M / CHUNK, F = S::F, ROW = S::ROW;
     TTT_SHARED(memory);
@@ -75,7 +77,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
     float next_lr = 0;  // of token `thread`, on its way to shared memory
     auto fetch = [&](int n) {
         const int stage = n & 1;
-        if (n >= LATE) load_tokens<T, D, M>(s.xq[stage], xq + int64_t(n - LATE) * M * a.xq.t, a.xq.t, a.aligned, thread);
+        const int64_t first = int64_t(n < LATE ? 0 : n - LATE) * M;
+        load_tokens<T, D, M>(s.xq[stage], xq + first * a.xq.t, a.xq.t, a.aligned, thread);
         if (n < N) {
             load_tokens<T, D, M>(s.xk[stage], xk + int64_t(n) * M * a.xk.t, a.xk.t, a.aligned, thread);
             load_tokens<T, D, M>(s.xv[stage], xv + int64_t(n) * M * a.xv.t, a.xv.t, a.aligned, thread);
@@ -127,7 +130,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
         const T *xq_tile = s.xq[stage], *xk_tile = s.xk[stage], *xv_tile = s.xv[stage];
         const float* lr_n = s.lr[stage];
         if (n < N && n % a.group == 0) {
-            float* record = a.saved + ((chain * ((N + a.group - 1) / a.group) + n / a.group) * SPLIT + rank) * S::RECORD;
+            float* record =
+                a.saved + ((chain * ((N + a.group - 1) / a.group) + n / a.group) * SPLIT + rank) * S::RECORD;
             save_weights<D>(record, w1, w2, thread);
             if (thread < S::OWN) record[S::RECORD - S::OWN + thread] = s.b1[thread];
         }
@@ -172,63 +176,58 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
             const Second<D> w2_r = round_second<T, D>(w2);
 #pragma unroll 1
             for (int c = 0; c < CHUNKS; c++) {
-                if (n < N) {
-                    float part[D / 8][4] = {};
-                    {
-                        float z1[FT][4], slope[FT][4];
-#pragma unroll
-                        for (int k = 0; k < FT; k++) {
-                            Two b = *reinterpret_cast<const Two*>(b1 + 8 * k + 2 * t);
-                            z1[k][0] = z1[k][2] = b.x[0], z1[k][1] = z1[k][3] = b.x[1];
-                        }
-                        times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
-#pragma unroll
-                        for (int e = 0; e < 4 * FT; e++) {
-                            Gelu y = gelu_first(z1[e / 4][e % 4]);
-                            z1[e / 4][e % 4] = y.value, slope[e / 4][e % 4] = y.first;
-                        }
-                        const Columns x2 = round_columns<T>(z1);
-                        keep(s.x2[c][warp], x2, lane);
-                        keep(s.slope[c][warp], round_columns<fp16>(slope), lane);
-                        times_second<T, D>(part, x2, w2_r);
-                    }
-                    const Four z2 = sum_warps(part);
-                    if (SPLIT == 1) inner_gradient(z2, c);
-                    else {
-                        s.mine[c][thread] = z2;
-                        other->sent[n & 1][c][thread] = z2;
-                    }
-                }
-                if (!CAUSAL && n > 0) {
-                    float part[D / 8][4] = {}, z1_bar[FT][4];
+                float part[D / 8][4] = {}, part_bar[D / 8][4] = {};
+                {
+                    float z1[FT][4], z1_bar[FT][4], slope[FT][4];
 #pragma unroll
                     for (int k = 0; k < FT; k++) {
                         Two b = *reinterpret_cast<const Two*>(b1 + 8 * k + 2 * t);
-                        z1_bar[k][0] = z1_bar[k][2] = b.x[0], z1_bar[k][1] = z1_bar[k][3] = b.x[1];
+                        z1[k][0] = z1[k][2] = z1_bar[k][0] = z1_bar[k][2] = b.x[0];
+                        z1[k][1] = z1[k][3] = z1_bar[k][1] = z1_bar[k][3] = b.x[1];
                     }
-                    times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
+                    // In the first round z1_bar is of no use, in the last z1: without a branch they overlap in time.
+                    times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
+                    if (!CAUSAL) times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
 #pragma unroll
                     for (int e = 0; e < 4 * FT; e++) {
-                        float& z = z1_bar[e / 4][e % 4];
-                        z *= gelu_sigmoid(z);
+                        Gelu y = gelu_first(z1[e / 4][e % 4]);
+                        z1[e / 4][e % 4] = y.value, slope[e / 4][e % 4] = y.first;
+                        if (!CAUSAL) z1_bar[e / 4][e % 4] *= gelu_sigmoid(z1_bar[e / 4][e % 4]);
                     }
-                    times_second<T, D>(part, round_columns<T>(z1_bar), w2_r);
-                    read(sum_warps(part), xq_tile, n - 1, c);
+                    const Columns x2 = round_columns<T>(z1);
+                    keep(s.x2[c][warp], x2, lane);
+                    keep(s.slope[c][warp], round_columns<fp16>(slope), lane);
+                    times_second<T, D>(part, x2, w2_r);
+                    if (!CAUSAL) times_second<T, D>(part_bar, round_columns<T>(z1_bar), w2_r);
+                }
+                const Four z2 = sum_warps(part);
+                if (SPLIT == 2) {
+                    s.mine[c][thread] = z2;
+                    other->sent[n & 1][c][thread] = z2;
+                } else if (n < N) inner_gradient(z2, c);
+                if (!CAUSAL) {
+                    const Four z2_bar = sum_warps(part_bar);
+                    if (n > 0) read(z2_bar, xq_tile, n - 1, c);
                 }
             }
         }
         if (SPLIT == 2) {
             cluster_sync();
-#pragma unroll 1
-            for (int c = 0; c < CHUNKS; c++) {
-                if (n < N) inner_gradient(both(c), c);
-                if (!CAUSAL && n > 0 && c % 2 == rank) write_out(both(CHUNKS + c / 2), xq_tile, n - 1, c);
+            if (n < N) {
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) inner_gradient(both(c), c);
+            }
+            if (!CAUSAL && n > 0) {
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c += 2)
+                    if (c + rank < CHUNKS) write_out(both(CHUNKS + c / 2), xq_tile, n - 1, c + rank);
             }
         }
         if (n == N) break;
 #pragma unroll
         for (int i = 0; i < 4; i++) step_b2[i] = sum_tokens<D>(step_b2[i]);
-        if (lane < S::LANES) *reinterpret_cast<Four*>(&s.b2_part[warp][at.d]) = {step_b2[0], step_b2[1], step_b2[2], step_b2[3]};
+        if (lane < S::LANES)
+            *reinterpret_cast<Four*>(&s.b2_part[warp][at.d]) = {step_b2[0], step_b2[1], step_b2[2], step_b2[3]};
         sync();
 
         // 2. g_z1; causal, the read-out; the updates.
@@ -293,7 +292,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
                         for (int e = 0; e < 8; e++) {
                             int row = CHUNK * c + g + e / 2 % 2 * 8, col = CHUNK * j + e / 4 * 8 + 2 * t + e % 2;
                             float& x = p[e / 4][e % 4];
-                            x = row >= col ? -s.token_eta[row] * lr_n[col] * (x + (warp + rank == 0 ? 1.0f : 0.0f)) : 0.0f;
+                            x = row >= col ? -s.token_eta[row] * lr_n[col] * (x + (warp + rank == 0 ? 1.0f : 0.0f))
+                                           : 0.0f;
                         }
                         uint32_t packed[4];
                         round_scores<T>(packed, p);
@@ -336,7 +336,9 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
     }
 
     sync();  // b1 is there
-    store_weights<D>(a.final_w1 + chain * F * D, a.final_w2 + chain * F * D, w1, w2, rank * S::OWN + warp * SLICE, lane);
+    store_weights<D>(
+        a.final_w1 + chain * F * D, a.final_w2 + chain * F * D, w1, w2, rank * S::OWN + warp * SLICE, lane
+    );
     if (thread < S::OWN) a.final_b1[chain * F + rank * S::OWN + thread] = s.b1[thread];
     if (thread < S::LANES && rank == 0)
         for (int i = 0; i < 4; i++) a.final_b2[chain * D + at.d + i] = b2[i];

@@ -20,7 +20,7 @@ template <typename T, int D, bool CAUSAL> struct ShortShared {
     T g_z2[TILE];
     T step_z2[TILE];  // -eta_last lr g_z2
     float partials[2][S::WARPS * S::PARTIAL];                                 // of z2 and of z2_bar
-    Four sent[SPLIT == 1 ? 1 : 2][2][SPLIT == 1 ? 1 : S::THREADS];            // by the other block of a cluster, in turns
+    Four sent[SPLIT == 1 ? 1 : 2][2][SPLIT == 1 ? 1 : S::THREADS];  // by the other block of a cluster, in turns
     float lr[3][CHUNK], token_eta[CHUNK], b1[S::OWN], b2_part[2][S::WARPS][D];
 };
 
@@ -70,8 +70,8 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
         if (n >= LATE && n < N + LATE)
             load_tokens<T, D, M>(s.xq[stage], xq + int64_t(n - LATE) * M * a.xq.t, a.xq.t, a.aligned, thread);
         if (n < N) {
-            load_tokens<T, D, M>(s.xk[stage], xk + int64_t(n) * M * a.xk.t, a.xk.t, a.aligned, thread);
-            load_tokens<T, D, M>(s.xv[stage], xv + int64_t(n) * M * a.xv.t, a.xv.t, a.aligned, thread);
+            const T *from_xk = xk + int64_t(n) * M * a.xk.t, *from_xv = xv + int64_t(n) * M * a.xv.t;
+            load_two<T, D>(s.xk[stage], from_xk, a.xk.t, s.xv[stage], from_xv, a.xv.t, a.aligned, thread);
             if (thread < M) next_lr = to_float(lr[(int64_t(n) * M + thread) * a.lr.t]);
         }
         copy_async_commit();
@@ -159,7 +159,8 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
         if (n < N) {
             for (int i = 0; i < 4; i++) z2.x[i] += b2[i];
             const Norm norm = normalise<D>(z2, eps);
-            const Four k = load_four(xk_tile + at.token * ROW + at.d), v = load_four(s.xv[stage] + at.token * ROW + at.d);
+            const Four k = load_four(xk_tile + at.token * ROW + at.d),
+                       v = load_four(s.xv[stage] + at.token * ROW + at.d);
             Four p;
             for (int i = 0; i < 4; i++) p.x[i] = gamma[i] * (gamma[i] * norm.x_hat[i] + beta[i] - (v.x[i] - k.x[i]));
             Four g_z2 = project<D>(p, norm);
@@ -216,7 +217,8 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
             float attn2[2][4] = {};
             scores<T>(attn2, x2_bar, x2);
 #pragma unroll
-            for (int e = 0; e < 8; e++) attn2[e / 4][e % 4] = eta[e] * (attn2[e / 4][e % 4] + (warp + rank == 0 ? 1.0f : 0.0f));
+            for (int e = 0; e < 8; e++)
+                attn2[e / 4][e % 4] = eta[e] * (attn2[e / 4][e % 4] + (warp + rank == 0 ? 1.0f : 0.0f));
             round_scores<T>(read, attn2);
             times_rows<T, D>(part, read, s.g_z2, 0, lane);
             store_partial<D>(s.partials[1] + warp * S::PARTIAL, part, lane);
