@@ -86,6 +86,27 @@ def _sizes(problem: Problem, group: int) -> _Sizes:
     return _Sizes(per_chunk, tuple((first, min(group, n - first)) for first in range(0, n, group)))
 
 
+class _Setting(NamedTuple):
+    """How the kernels are compiled for one size."""
+
+    turn: (
+        bool  # the loops hold [D, M] instead of [M, D]: a row of M = 16 tokens feeds a tensor core, a column of D does
+    )
+    recurrence: tuple[int, int]  # warps, stages
+    reverse: tuple[int, int]
+    read_out: int  # warps
+    read_out_backward: int
+    update_backward: int
+
+
+def _setting(problem: Problem) -> _Setting:
+    d, m = block_d(problem), problem.mini_batch
+    if max(d, m) <= 64:
+        return _Setting(m <= 32, (4, 3), (4, 3), 4, 4, 4)
+    stages = 3 if d * m <= 64 * 64 else 2 if d * m <= 128 * 64 else 1
+    return _Setting(m <= 32, (8, stages), (8, stages), 8, 8, 8)
+
+
 def default_group(problem: Problem) -> int:
     """G: 4096 tokens, in mini-batches."""
     return SEGMENT // problem.mini_batch
@@ -247,9 +268,9 @@ def _reverse(
     first, mini_batches = span
     of_segment = {"d_end": d_end, "d_start": d_start, "first": first, "mini_batches": mini_batches}
     arguments = {**common, "kept": kept, "pulled": pulled, **of_segment}
-    constants = _constants(problem, sizes) | {"CAUSAL": problem.causal} | _orientation(problem)
-    chains = problem.batch * problem.heads
-    return Launch(split_reverse_recurrence, chains, arguments, constants, _options("recurrence", problem))
+    setting = _setting(problem)
+    constants = _constants(problem, sizes) | {"CAUSAL": problem.causal, "TURN": setting.turn}
+    return _launch_chains(split_reverse_recurrence, problem, arguments, constants, *setting.reverse)
 
 
 def _saved(residuals: Residuals, number: int) -> State:
@@ -285,10 +306,19 @@ def _recur(
         "first": first,
         "mini_batches": mini_batches,
     }
-    constants = _constants(problem, sizes) | {"EPS": problem.eps, "KEEP": kept is not None} | _orientation(problem)
-    return Launch(
-        split_recurrence, problem.batch * problem.heads, arguments, constants, _options("recurrence", problem)
-    )
+    setting = _setting(problem)
+    keep, after = kept is not None, not problem.causal and sizes.per_chunk == 1  # then the read-out needs w alone
+    constants = _constants(problem, sizes) | {"EPS": problem.eps, "TURN": setting.turn}
+    constants |= {"KEEP": keep, "LR_G": keep or not after}
+    return _launch_chains(split_recurrence, problem, arguments, constants, *setting.recurrence)
+
+
+def _launch_chains(
+    kernel: Any, problem: Problem, arguments: dict[str, Any], constants: dict[str, Any], warps: int, stages: int
+) -> Launch:
+    """One program for each chain."""
+    options = {"num_warps": warps, "num_stages": stages}
+    return Launch(kernel, problem.batch * problem.heads, arguments, constants | {"STAGES": stages}, options)
 
 
 def _launch_chunks(
@@ -301,7 +331,7 @@ def _launch_chunks(
         problem.batch * problem.heads * chunks,
         arguments | {"first": first, "chunks": chunks},
         _constants(problem, sizes) | {"CAUSAL": problem.causal} | constants,
-        _options("chunks", problem),
+        {"num_warps": getattr(_setting(problem), kernel.__name__.removeprefix("split_"))},
     )
 
 
@@ -313,14 +343,6 @@ def _constants(problem: Problem, sizes: _Sizes) -> dict[str, Any]:
         "C": sizes.per_chunk * problem.mini_batch,
         "PRECISION": problem.matmul_precision,
     }
-
-
-def _orientation(problem: Problem) -> dict[str, Any]:
-    return {"TURN": problem.mini_batch <= 32, "STAGES": 3}
-
-
-def _options(kind: str, problem: Problem) -> dict[str, int]:
-    return {"num_warps": 4 if max(block_d(problem), problem.mini_batch) <= 64 else 8, "num_stages": 3}
 
 
 def static_kernels() -> Iterator[TritonKernel]:
