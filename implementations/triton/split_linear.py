@@ -44,7 +44,7 @@ from implementations.kernels import TritonKernel
 from implementations.triton.arguments import Shared, State, check, empty, tokens, view
 from implementations.triton.lanes import Step, run
 from implementations.triton.launch import Launch, meta
-from implementations.triton.limits import block_d
+from implementations.triton.limits import block_d, split_limit
 from implementations.triton.split_backward import (
     Pulled,
     split_read_out_backward,
@@ -119,6 +119,8 @@ def forward(inputs: LinearInputs, problem: Problem, group: int | None = None) ->
         ValueError: `problem` is beyond the limits of the Triton pages, or a tensor does not fit it or the kernels.
     """
     check(inputs, INPUTS, problem)
+    if reason := split_limit(problem):
+        raise ValueError(reason)
     group = default_group(problem) if group is None else group
     if group < 1:
         raise ValueError(f"group: expected at least 1 mini-batch between saved states, got {group}")
