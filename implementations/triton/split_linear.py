@@ -89,9 +89,7 @@ def _sizes(problem: Problem, group: int) -> _Sizes:
 class _Setting(NamedTuple):
     """How the kernels are compiled for one size."""
 
-    turn: (
-        bool  # the loops hold [D, M] instead of [M, D]: a row of M = 16 tokens feeds a tensor core, a column of D does
-    )
+    turn: bool  # the loops hold [D, M] instead of [M, D]: M = 16 rows are too few for a warp group's tensor core
     recurrence: tuple[int, int]  # warps, stages
     reverse: tuple[int, int]
     read_out: int  # warps
@@ -110,6 +108,21 @@ def _setting(problem: Problem) -> _Setting:
 def default_group(problem: Problem) -> int:
     """G: 4096 tokens, in mini-batches."""
     return SEGMENT // problem.mini_batch
+
+
+def saved_bytes(problem: Problem, group: int) -> float:
+    """What a forward keeps for its backward beside the inputs, a token and head."""
+    states = len(_sizes(problem, group).segments) - 1
+    return states * 4 * (problem.head_dim**2 + problem.head_dim) / problem.tokens
+
+
+def workspace_bytes(problem: Problem, group: int) -> float:
+    """What a backward holds while it runs beside inputs and gradients, a token and head."""
+    like = meta(LinearInputs, problem).xq
+    sizes = _sizes(problem, group)
+    buffers = [_buffers(like, problem, sizes) for _ in sizes.segments[:2]]
+    total = sum(x.nbytes for buffer in buffers for kind in buffer for x in kind)
+    return total / (problem.batch * problem.heads * problem.tokens)
 
 
 def forward(inputs: LinearInputs, problem: Problem, group: int | None = None) -> tuple[LinearOutputs, Residuals]:
