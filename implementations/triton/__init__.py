@@ -2,6 +2,7 @@
 
 from implementations.registry import Implementation
 from implementations.triton.limits import DTYPES, limit, split_limit
+from implementations.triton.mlp_limits import offchain_limit
 from implementations.triton.mlp_limits import supports as mlp_limit
 from spec.problem import Problem
 
@@ -31,6 +32,16 @@ ENTRIES = (
         requires=("triton",),
         supports=split_limit,
         kernels="implementations.triton.split_linear",
+        timed_on=("cuda",),
+    ),
+    Implementation(
+        "triton.offchain",
+        "torch",
+        {"mlp": "implementations.triton.ttt_mlp_offchain"},
+        dtypes=("bf16", "fp16"),
+        requires=("triton",),
+        supports=offchain_limit,
+        kernels="implementations.triton.ttt_mlp_offchain",
         timed_on=("cuda",),
     ),
     Implementation(
