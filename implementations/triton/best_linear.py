@@ -5,7 +5,7 @@ On one H100, forward+backward, ms (results/h100/triton_linear.csv has these and 
     case             chain   split
     TABLE
 
-The names of the kernels say which variant ran: those of `split_linear` begin with `split_`, and a sweep's row lists them.
+The names of the kernels say which variant ran, those of `split_linear` begin with `split_`; a sweep's row lists them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spec.tensors import LinearInputs, LinearOutputs
 
 
 def page(problem: Problem) -> Any:
-    """The module that solves `problem`: products of IEEE fp32 keep no tensor core waiting, so there one kernel is best."""
+    """The module that solves `problem`; in IEEE fp32 the products themselves take the time, and one kernel is best."""
     exact = problem.dtype == "fp32" and problem.matmul_precision == "ieee"
     return ttt_linear if exact or split_limit(problem) else split_linear
 

@@ -117,8 +117,8 @@ def store_rows(p, x, row, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexp
 
 @triton.jit
 def multiply_add(a, b, c, scale, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """c + scale a @ b; fp16 would lose the small numbers of `scale a`, and fp32 a rounding of c for every row of b."""
-    if DTYPE.is_fp16() or DTYPE.is_fp32():
+    """c + scale a @ b; fp16 would lose the small numbers of `scale a`."""
+    if DTYPE.is_fp16():
         c += scale * matmul(a, b, DTYPE, PRECISION)
     else:
         c = matmul_add(scale * a, b, c, DTYPE, PRECISION)
@@ -147,8 +147,8 @@ def store_five(p, a, b, c, d, e, at, M: tl.constexpr, BLOCK_D: tl.constexpr, TUR
 
 
 # A bias is the sum of something over tokens. The tokens of [D, M] lie in few threads of each warp, and a product with
-# ones sums them where the next z1 wants it: there the loop holds [D, M], one column for every token. Those of [M, D] lie
-# in all warps: there it holds [D].
+# ones sums them where the next z1 wants it: there the loop holds [D, M], one column for every token. Those of [M, D]
+# lie in all warps: there it holds [D].
 
 
 @triton.jit

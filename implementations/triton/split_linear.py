@@ -13,7 +13,7 @@ by kernels with one program for every chunk of C = R M tokens of every chain:
 
 In the read-out of a chunk eta[i, j] is token_eta[i] within a mini-batch (j <= i), token_eta[M-1] where j's mini-batch
 comes before i's, else 0: the dual form holds for any number of mini-batches once their gradients are known. At M = 16
-the products then are over 64 tokens, and D^2 numbers of fast weights are stored a chunk instead of a mini-batch. The same
+the products then are over 64 tokens, and D^2 numbers of fast weights are stored a chunk, not a mini-batch. The same
 trick gives d_xk its w at the start and its d_w at the end of each mini-batch.
 
 Two identities shorten the loop. The LayerNorm sees z1 less its mean over D, and g_z1 sums to zero over D: the mean of
@@ -55,7 +55,8 @@ from implementations.triton.split_forward import Kept, Segment, split_read_out, 
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
 
-SEGMENT = 4096  # tokens between two saved states, unless told otherwise
+# Tokens between two saved states unless told otherwise: two segments are the fewest that overlap.
+LEAST, MOST = 1024, 4096
 
 
 class Residuals(NamedTuple):
@@ -106,8 +107,10 @@ def _setting(problem: Problem) -> _Setting:
 
 
 def default_group(problem: Problem) -> int:
-    """G: 4096 tokens, in mini-batches."""
-    return SEGMENT // problem.mini_batch
+    """G: half of the tokens, but at least 1024 and at most 4096 of them; in mini-batches."""
+    tokens_apart = max(LEAST, min(MOST, problem.tokens // 2))
+    chunk = max(1, 64 // problem.mini_batch)
+    return max(1, tokens_apart // problem.mini_batch // chunk) * chunk
 
 
 def saved_bytes(problem: Problem, group: int) -> float:
