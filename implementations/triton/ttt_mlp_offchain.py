@@ -126,7 +126,10 @@ def plan_backward(
         scratch(f, d, dtype=io), scratch(f), scratch(f, d, dtype=io), scratch(d), scratch(c, d), scratch(c),
         scratch(f, c, dtype=io), scratch(f, c, dtype=io), scratch(f, c, dtype=io),
     )  # fmt: skip
-    walked = Walked(scratch(f, c, dtype=io), scratch(d, c), scratch(d, c), scratch(f, d, dtype=io), scratch(f))
+    walked = Walked(
+        scratch(f, c, dtype=io), scratch(d, c), scratch(d, c), scratch(f, d, dtype=io), scratch(f),
+        scratch(f, d, dtype=io), scratch(d),
+    )  # fmt: skip
     read, update = (
         Sums(*(empty(like, problem.batch, h, chunks, size) for size in (c, c, d, d))) for _ in range(2)
     )
@@ -173,9 +176,9 @@ class Setting(NamedTuple):
 _SETTINGS: dict[str, tuple[Setting, Setting, Setting]] = {
     "recurrence": (Setting(16, 8), Setting(32, 8), Setting(32, 8)),
     "scan": (Setting(16, 8), Setting(32, 8), Setting(32, 8)),
-    "read_out": (Setting(64, 4), Setting(64, 4), Setting(64, 4)),
-    "read_out_backward": (Setting(64, 4), Setting(64, 4), Setting(64, 4)),
-    "finish": (Setting(64, 4), Setting(64, 4), Setting(64, 4)),
+    "read_out": (Setting(32, 4, 3), Setting(32, 4, 3), Setting(32, 4, 3)),
+    "read_out_backward": (Setting(64, 4, 2), Setting(64, 4, 2), Setting(64, 4, 2)),
+    "finish": (Setting(64, 4, 2), Setting(64, 4, 2), Setting(64, 4, 2)),
 }
 _SPILLS: dict[tuple[object, int], int] = {}
 
@@ -198,7 +201,7 @@ def workspace_bytes(problem: Problem) -> float:
     d, f, c, m = problem.head_dim, problem.hidden, chunk(problem), problem.mini_batch
     size = 4 if problem.dtype == "fp32" else 2
     of_token = size * (8 * f + d) + 4 * (6 * d + 6)
-    of_chunk = size * 4 * f * d + 4 * (3 * f + 2 * d)
+    of_chunk = size * 5 * f * d + 4 * (3 * f + 2 * d)
     return of_token + of_chunk / c + size * f * d / m
 
 
