@@ -11,10 +11,11 @@ d_w1^T and d_w2 [F D], in fp32 registers, transposed as the recurrence does it (
     d_z1     = d_x2 * gelu'(z1) + d_g_z1 * g_x2 * gelu''(z1)
     d_w1    += xk^T d_z1,  d_w2 += x2^T d_z2 + d_g_x2^T g_z2
 
-What the read-out adds to d_g_z1, d_g_z2, d_x2, and at the start of a chunk to d_w1 and d_w2, comes from `mlp_readout.py`.
+What the read-out adds to d_g_z1, d_g_z2, d_x2, and at the start of a chunk to d_w1 and d_w2, comes from
+`mlp_readout.py`, as do x2, gelu'(z1) and g_x2 gelu''(z1).
 
-`finish` is parallel over chunks. The weights at each mini-batch of a chunk, and their cotangents, are those at its start
-and end but for products of the chunk's tokens, so with P[i, j] = d_z1_i . g_z1_j
+`finish` is parallel over chunks. The weights at each mini-batch of a chunk, and their cotangents, are those at its
+start and end but for products of the chunk's tokens, so with P[i, j] = d_z1_i . g_z1_j
 
     d_z1 w1^T      = d_z1 w1_start^T - eta_last sum over earlier mini-batches of P[i, j] lr_j xk_j
     g_z1 d_w1^T    = g_z1 d_w1_end^T + sum over later mini-batches of P[j, i] xk_j

@@ -1,7 +1,7 @@
-"""TTT-MLP in Triton with nothing on the chain but the recurrence; `triton.chain` (`ttt_mlp.py`) is the page to read first.
+"""TTT-MLP in Triton with nothing on the chain but the recurrence; read `triton.chain` (`ttt_mlp.py`) first.
 
-What it changes: one program walks only `w -> z1 -> gelu -> z2 -> LayerNorm gradient -> g_z1 -> w'` of a chain, with both
-weight matrices in fp32 registers, and leaves z1, g_x2 and g_z2 behind. The read-out is parallel over chunks of 64
+What it changes: one program walks only `w -> z1 -> gelu -> z2 -> LayerNorm gradient -> g_z1 -> w'` of a chain, with
+both weight matrices in fp32 registers, and leaves z1, g_x2 and g_z2 behind. The read-out is parallel over chunks of 64
 tokens, which read the weights at the start of their chunk and attend to the updates since (`mlp_readout.py`). The
 backward does the same: recurrence again, read-out backward in parallel, a reverse scan over d_w alone
 (`mlp_scan.py`), and the rest in parallel. Segments of G mini-batches bound the memory that this takes.
@@ -9,9 +9,10 @@ backward does the same: recurrence again, read-out backward in parallel, a rever
     forward   for each segment:           recurrence -> read_out
     backward  for each segment, reversed: recurrence -> read_out_backward -> scan -> finish
 
-Memory. The forward saves the fast weights at the start of every segment but the first, 4 (8 D^2 + 5 D) / (G M) bytes a
-token and head: at D = 64, 129 for segments of 1024 tokens, beside 386 for the inputs in bf16. `WORKSPACE` is the budget for
-what the kernels of a segment hand to each other, `workspace_bytes` a token of a head.
+Memory. The forward saves, a token and head, the read-out's LayerNorm, 4 D + 4 bytes, and the fast weights at the start
+of every segment but the first, 4 (8 D^2 + 5 D) / (G M): at D = 64, 260 and, for segments of 1024 tokens, 129, beside
+386 for the inputs in bf16. `WORKSPACE` is the budget for what the backward's kernels hand to each other,
+`workspace_bytes` a token and head: `default_group` cuts the sequence to fit.
 
 No atomics: sums over chunks are partial sums, added up in torch in one order.
 """
@@ -141,10 +142,12 @@ def plan_backward(
         launches.append(_recurrence(residuals, problem, trace, number, known, backward=True))
         at = _chunks(problem, first, count)
         given = _given(inputs) | {"trace": trace, "pulled": pulled}
-        arguments = given | {"norm": residuals.norm, "d_out": view(cotangents.out), "d_xq": view(gradients.xq), "sums": read} | at
+        read_from = {"norm": residuals.norm, "d_out": view(cotangents.out)}
+        arguments = given | read_from | {"d_xq": view(gradients.xq), "sums": read} | at
         launches.append(_launch(read_out_backward, problem, count, arguments))
         start = Weights(*cotangents[1:]) if number + 1 == len(segments) else d_state
-        arguments = given | {"start": start, "end": d_state, "walked": walked, "first": first, "count": count, "heads": h}
+        arguments = given | {"start": start, "end": d_state, "walked": walked}
+        arguments |= {"first": first, "count": count, "heads": h}
         launches.append(_launch(scan, problem, count, arguments))
         arguments = given | {"walked": walked, "gradients": tokens(*gradients[:4]), "sums": update} | at
         launches.append(_launch(finish, problem, count, arguments))
