@@ -77,6 +77,7 @@ class CudaKernel:
         options: of NVRTC, as the launch gives them (`-DD=64`, `--std=c++17`), without architecture and include paths.
         threads: of a block.
         dynamic_shared_bytes: of a block.
+        cluster: blocks of a cluster, as the kernel's `__cluster_dims__` says.
         declared_spill_bytes: a spill that the kernel's file declares and explains; more fails the report.
         architectures: what it is written for, with the suffix it needs: `("sm_90a",)` for one with `wgmma`.
     """
@@ -87,6 +88,7 @@ class CudaKernel:
     threads: int
     options: tuple[str, ...] = ()
     dynamic_shared_bytes: int = 0
+    cluster: int = 1
     declared_spill_bytes: int = 0
     architectures: tuple[str, ...] = ARCHITECTURES
 

@@ -41,7 +41,7 @@ def wrong(worker: Worker, case: Case, dtype: str, folder, page: str = PAGE) -> l
     entry = replace(ENTRY, pages={"mlp": page})
     worker.call(jobs.save_truth, case, problem, 0, "cpu", folder, timeout=250.0)
     checks, yardstick = (
-        worker.call(jobs.check, each, case, problem, 0, "cpu", folder, timeout=250.0)
+        worker.call(jobs.check, each, case, problem, "cpu", folder, timeout=250.0)
         for each in (entry, implementations()[rule.YARDSTICK])
     )
     assert len(checks) == 16

@@ -25,6 +25,16 @@ ENTRIES = (
         timed_on=("cuda",),
     ),
     Implementation(
+        "triton.split",
+        "torch",
+        {"linear": "implementations.triton.split_linear"},
+        dtypes=DTYPES,
+        requires=("triton",),
+        supports=limit,
+        kernels="implementations.triton.split_linear",
+        timed_on=("cuda",),
+    ),
+    Implementation(
         "triton.offchain",
         "torch",
         {"mlp": "implementations.triton.ttt_mlp_offchain"},
@@ -34,5 +44,13 @@ ENTRIES = (
         kernels="implementations.triton.ttt_mlp_offchain",
         timed_on=("cuda",),
     ),
-    Implementation("triton.best", "torch", _BOTH, dtypes=DTYPES, supports=lambda problem: "not written yet"),
+    Implementation(
+        "triton.best",
+        "torch",
+        {"linear": "implementations.triton.best_linear", "mlp": "implementations.triton.ttt_mlp"},
+        dtypes=DTYPES,
+        requires=("triton",),
+        supports=_limit,
+        timed_on=("cuda",),
+    ),
 )

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from implementations.layout import check_layout
 from implementations.triton.blocks import INTERPRETED
 from implementations.triton.limits import limit
 from spec.problem import Problem
-from spec.tensors import tensor_specs, validate
 
 
 class View(NamedTuple):
@@ -68,24 +68,12 @@ def check(
     """
     if reason := limit(problem):
         raise ValueError(reason)
-    validate(tensors, kinds, problem)
-    device = device or tensors[0].device
-    for spec, x in zip(tensor_specs(kinds[problem.inner_model], problem), tensors, strict=True):
-        if x.device != device:
-            raise ValueError(f"{spec.name}: expected a tensor on {device}, as the others, got {x.device}")
-        if x.device.type != "cuda" and not INTERPRETED.value:
-            raise ValueError(
-                f"{spec.name}: expected a tensor on cuda, got {x.device}: move it there, use torch.eager, or set "
-                "TRITON_INTERPRET=1 before triton is imported"
-            )
-        if "T" not in spec.axes and not x.is_contiguous():
-            raise ValueError(
-                f"{spec.name}: expected a contiguous tensor, got strides {x.stride()}: call .contiguous()"
-            )
-        if spec.axes[-1] == "D" and x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(
-                f"{spec.name}: expected stride 1 along D, got strides {x.stride()}: call .contiguous()"
-            )
+    check_layout(tensors, kinds, problem, device)
+    if tensors[0].device.type != "cuda" and not INTERPRETED.value:
+        raise ValueError(
+            f"{tensors._fields[0]}: expected a tensor on cuda, got {tensors[0].device}: move it there, use "  # type: ignore[attr-defined]
+            "torch.eager, or set TRITON_INTERPRET=1 before triton is imported"
+        )
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
