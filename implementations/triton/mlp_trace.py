@@ -161,7 +161,7 @@ def recurrence(
                 tl.store(trace.w2 + chunk * D * F + tile, nearest(w2, DTYPE))
             tl.store(trace.b2 + chunk * D + d, b2)
         p_w2 = trace.w2 + (chunk * R + i % R if BACKWARD else chunk) * D * F
-        if BACKWARD:  # noqa: SIM102: one is known at compile time
+        if BACKWARD:  # noqa: SIM102
             if j == 0:
                 tl.store(p_w2 + tile, nearest(w2, DTYPE))
         if BLOCKS == 1:
