@@ -43,8 +43,12 @@ class Residuals(NamedTuple):
     """What the backward needs: the inputs, and the fast weights at the start of every segment but the first."""
 
     inputs: MlpInputs
-    saved: tuple[Tensor, ...]  # w1 [B H S-1 D F], b1 [B H S-1 F], w2 [B H S-1 F D], b2 [B H S-1 D]
-    norm: Norm  # the LayerNorm of the read-out
+    saved_w1: Tensor  # [B H S-1 D F] for S segments
+    saved_b1: Tensor  # [B H S-1 F]
+    saved_w2: Tensor  # [B H S-1 F D]
+    saved_b2: Tensor  # [B H S-1 D]
+    x_hat: Tensor  # [B H chunks C D], the LayerNorm of the read-out
+    rstd: Tensor  # [B H chunks C]
     group: int
 
 
@@ -93,14 +97,12 @@ def plan_forward(
     like = inputs.xq
     outputs = MlpOutputs(*(empty(like, *x.shape, dtype=x.dtype) for x in (like, *inputs[7:])))
     segments = _segments(problem, group)
-    saved = tuple(empty(like, *x.shape[:2], len(segments) - 1, *x.shape[2:]) for x in inputs[7:])
-    shape = problem.batch, problem.heads, problem.tokens // chunk(problem), chunk(problem)
-    norm = Norm(empty(like, *shape, problem.head_dim), empty(like, *shape))
-    residuals = Residuals(inputs, saved, norm, group)
+    residuals = Residuals(inputs, *(empty(like, *shape) for shape in _saved_shapes(problem, group)), group)
+    norm = Norm(residuals.x_hat, residuals.rstd)
     trace = _trace(like, problem, segments[0][1], backward=False)
     launches = []
     for number, (first, count) in enumerate(segments):
-        end = _state(saved, number + 1) if number + 1 < len(segments) else (Weights(*outputs[1:]), 1)
+        end = _state(residuals, number + 1) if number + 1 < len(segments) else (Weights(*outputs[1:]), 1)
         launches.append(_recurrence(residuals, problem, trace, number, end, backward=False))
         arguments = _given(inputs) | {"trace": trace, "out": view(outputs.out), "norm": norm}
         arguments |= _chunks(problem, first, count)
@@ -142,7 +144,7 @@ def plan_backward(
         launches.append(_recurrence(residuals, problem, trace, number, known, backward=True))
         at = _chunks(problem, first, count)
         given = _given(inputs) | {"trace": trace, "pulled": pulled}
-        read_from = {"norm": residuals.norm, "d_out": view(cotangents.out)}
+        read_from = {"norm": Norm(residuals.x_hat, residuals.rstd), "d_out": view(cotangents.out)}
         arguments = given | read_from | {"d_xq": view(gradients.xq), "sums": read} | at
         launches.append(_launch(read_out_backward, problem, count, arguments))
         start = Weights(*cotangents[1:]) if number + 1 == len(segments) else d_state
@@ -152,6 +154,16 @@ def plan_backward(
         arguments = given | {"walked": walked, "gradients": tokens(*gradients[:4]), "sums": update} | at
         launches.append(_launch(finish, problem, count, arguments))
     return gradients, read, update, launches
+
+
+def saved_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
+    """Of what `forward` saves beside the inputs."""
+    return _saved_shapes(problem, default_group(problem))
+
+
+def residuals(inputs: MlpInputs, saved: list[Tensor], problem: Problem) -> Residuals:
+    """What `forward` saved, as `backward` takes it."""
+    return Residuals(inputs, *saved, default_group(problem))
 
 
 def static_kernels() -> Iterator[TritonKernel]:
@@ -222,6 +234,14 @@ def saved_bytes(problem: Problem, group: int) -> float:
     return 4 * (8 * d * d + 5 * d) * (-(-problem.mini_batches // group) - 1) / problem.tokens
 
 
+def _saved_shapes(problem: Problem, group: int) -> tuple[tuple[int, ...], ...]:
+    d, f, c = problem.head_dim, problem.hidden, chunk(problem)
+    between = len(_segments(problem, group)) - 1
+    states = [(between, *shape) for shape in ((d, f), (f,), (f, d), (d,))]
+    of_chain = (*states, (problem.tokens // c, c, d), (problem.tokens // c, c))
+    return tuple((problem.batch, problem.heads, *shape) for shape in of_chain)
+
+
 def _segments(problem: Problem, group: int) -> list[tuple[int, int]]:
     """(first mini-batch, mini-batches) of every segment; the first is the largest."""
     n = problem.mini_batches
@@ -247,9 +267,9 @@ def _trace(like: Tensor, problem: Problem, count: int, backward: bool) -> Trace:
     )
 
 
-def _state(saved: tuple[Tensor, ...], number: int) -> tuple[Weights, int]:
+def _state(residuals: Residuals, number: int) -> tuple[Weights, int]:
     """The saved state that segment `number` starts with, and how many of them a chain has."""
-    return Weights(*(x[:, :, number - 1] for x in saved)), saved[0].shape[2]
+    return Weights(*(x[:, :, number - 1] for x in residuals[1:5])), residuals.saved_w1.shape[2]
 
 
 def _given(inputs: MlpInputs) -> dict[str, object]:
@@ -267,9 +287,9 @@ def _chunks(problem: Problem, first: int, count: int) -> dict[str, int]:
 def _recurrence(
     residuals: Residuals, problem: Problem, trace: Trace, number: int, end: tuple[Weights, int], backward: bool
 ) -> Launch:
-    inputs, saved, _, group = residuals
-    first, count = _segments(problem, group)[number]
-    start = _state(saved, number) if number else (Weights(*inputs[7:]), 1)
+    inputs = residuals.inputs
+    first, count = _segments(problem, residuals.group)[number]
+    start = _state(residuals, number) if number else (Weights(*inputs[7:]), 1)
     arguments = _given(inputs) | {
         "start": start[0], "end": end[0], "trace": trace, "start_states": start[1], "end_states": end[1],
         "first": first, "count": count, "heads": problem.heads,
