@@ -134,7 +134,7 @@ def read_out(
     xq = load_tokens(inputs.xq, batch, head, n, C, D, D)
     xk = load_tokens(inputs.xk, batch, head, n, C, D, D)
     lr = tl.load(token_pointers(inputs.lr, batch, head, n, C)).to(tl.float32)
-    rate, own, earlier = rates(shared.token_eta, M, C, CAUSAL)
+    rate, _own, _earlier = rates(shared.token_eta, M, C, CAUSAL)
     rate_lr = rate * lr[None, :]
     scores1 = nearest(rate_lr * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0), DTYPE)  # [C, D] @ [D, C] -> [C, C]
     z2_bar = tl.zeros([C, D], tl.float32)
@@ -172,7 +172,7 @@ def read_out_backward(
     xq = load_tokens(inputs.xq, batch, head, n, C, D, D)
     xk = load_tokens(inputs.xk, batch, head, n, C, D, D)
     lr = tl.load(token_pointers(inputs.lr, batch, head, n, C)).to(tl.float32)
-    rate, own, earlier = rates(shared.token_eta, M, C, CAUSAL)
+    rate, _own, _earlier = rates(shared.token_eta, M, C, CAUSAL)
     rate_lr = rate * lr[None, :]
     scores1 = nearest(rate_lr * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0), DTYPE)
 
