@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from implementations.kernels import TritonKernel
+from implementations.kernels import TritonKernel, once
 from implementations.triton.arguments import Shared, State, check, empty, tokens, view
 from implementations.triton.lanes import Step, run
 from implementations.triton.launch import Launch, meta
@@ -365,6 +365,10 @@ def _constants(problem: Problem, sizes: _Sizes) -> dict[str, Any]:
 
 def static_kernels() -> Iterator[TritonKernel]:
     """All kernels at the sizes of the named cases."""
+    return once(_kernels())
+
+
+def _kernels() -> Iterator[TritonKernel]:
     for mini_batch, causal in ((16, True), (64, True), (64, False)):
         problem = Problem("linear", 1, 256, 32, 64, mini_batch, causal, dtype="bf16")
         outputs, residuals, steps = plan_forward(meta(LinearInputs, problem), problem, default_group(problem))

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implementations.kernels import TritonKernel
+from implementations.kernels import TritonKernel, once
 from implementations.triton.arguments import Shared, check, empty, tokens, view
 from implementations.triton.launch import Launch, meta
 from implementations.triton.mlp_limits import offchain_limit
@@ -168,6 +168,10 @@ def residuals(inputs: MlpInputs, saved: list[Tensor], problem: Problem) -> Resid
 
 def static_kernels() -> Iterator[TritonKernel]:
     """Every kernel at the sizes of the named cases."""
+    return once(_kernels())
+
+
+def _kernels() -> Iterator[TritonKernel]:
     for mini_batch, causal in ((16, True), (64, True), (64, False)):
         problem = Problem("mlp", 1, 16 * mini_batch, 32, 64, mini_batch, causal, dtype="bf16")
         outputs, residuals, launches = plan_forward(meta(MlpInputs, problem), problem, 16)
