@@ -19,7 +19,6 @@ from typing import Any
 from harness.frameworks import Unsupported
 from harness.rows import Status
 
-
 # After an illegal access, say, nothing works on the device any more in that process.
 _DEVICE_ERROR = re.compile(r"CUDA error|CUDA_ERROR|cudaError|CUDADriverError|CUDARuntimeError")
 

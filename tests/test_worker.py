@@ -138,11 +138,10 @@ def test_an_exit_is_a_crash_with_its_code_and_last_line(shared):
 
 
 @pytest.mark.parametrize(("text", "starts_anew"), [("CUDA error: an illegal memory access", True), ("a typo", False)])
-def test_after_an_error_of_the_device_the_next_call_has_a_process_of_its_own(worker, text, starts_anew):
-    before = worker.call(process, timeout=TIMEOUT)
-    with pytest.raises(Failure, match=text):
-        worker.call(fail, RuntimeError, text, timeout=TIMEOUT)
-    assert (worker.call(process, timeout=TIMEOUT) != before) == starts_anew
+def test_after_an_error_of_the_device_the_next_call_has_a_process_of_its_own(shared, text, starts_anew):
+    before = shared.call(process, timeout=TIMEOUT)
+    assert failure(shared, fail, RuntimeError, text).reason == f"RuntimeError: {text}"
+    assert (shared.call(process, timeout=TIMEOUT) != before) == starts_anew
 
 
 def test_sys_exit_is_a_crash(shared):
