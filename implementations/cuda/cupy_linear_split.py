@@ -38,6 +38,8 @@ from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
 
 GROUP = 16  # G: mini-batches between two saved states
+import os
+EXTRA = tuple(filter(None, os.environ.get("TTT_EXTRA", "").split()))
 _KERNELS = Path(__file__).with_name("kernels")
 
 
@@ -190,7 +192,7 @@ def _kernel(
         expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {', '.join(map(str, sizes))}>",
         inner_model="linear",
         threads=count,
-        options=(f"-DTTT_SHARED_BYTES={shared_bytes}", f"-DTTT_THREADS={count}", *options),
+        options=(*EXTRA, f"-DTTT_SHARED_BYTES={shared_bytes}", f"-DTTT_THREADS={count}", *options),
         dynamic_shared_bytes=shared_bytes,
     )
 

@@ -206,8 +206,7 @@ template <typename P> struct Again : ReadOut<P> {
 template <typename P> struct Inner {
     float x_hat[2][4], error[2][4], p[2][4], g[2][4];  // error = gamma x_hat + beta - target, p = gamma error
     float rstd[2], along[2], mean_p[2];
-    TTT_INLINE void load(const P& at, const Columns<P>& columns, int stage, int tile, int warp) {
-        columns.less_target(at, stage, tile, 16 * warp, error);
+    TTT_INLINE void load(const P& at, const Columns<P>& columns, const float (&rest)[2][4], int stage, int tile, int warp) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float4 of = at.kept(stage)[2 * (16 * tile + row_in_tile() + 8 * r)];
@@ -219,7 +218,7 @@ template <typename P> struct Inner {
         for (int h = 0; h < 2; h++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                error[h][i] += columns.gamma[h][i % 2] * x_hat[h][i];
+                error[h][i] = columns.gamma[h][i % 2] * x_hat[h][i] + rest[h][i];
                 p[h][i] = columns.gamma[h][i % 2] * error[h][i];
                 g[h][i] = rstd[i / 2] * (p[h][i] - mean_p[i / 2] - x_hat[h][i] * along[i / 2]);
             }
@@ -241,6 +240,11 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
     const Columns<P> columns(at, first);
     float d_ln_weight[2][2] = {}, d_ln_bias[2][2] = {}, d_eta_last = 0.0f;
     float bias[2][2] = {};  // what the last step adds to d_b1, in parts
+    float gamma_squared[2][2];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int l = 0; l < 2; l++) gamma_squared[h][l] = columns.gamma[h][l] * columns.gamma[h][l];
 
     Place<P> place;
     for (int step = 0; step < steps; step++, place.next()) {
@@ -260,7 +264,8 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
         }
         Operand<P> x;
         Inner<P> inner;
-        float part[2][4];  // (token_eta tril(xq xk^T + 1))^T d_z1_bar, of a tile
+        float rest[TILES][2][4];  // beta - target
+        float part[2][4];         // (token_eta tril(xq xk^T + 1))^T d_z1_bar, of a tile
         auto load = [&](int m) {
 #pragma unroll
             for (int i = 0; i < 4; i++) part[0][i] = part[1][i] = 0.0f;
@@ -273,9 +278,11 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
                     mma<T>(part[0], s, d[0], d[1]);
                     mma<T>(part[1], s, d[2], d[3]);
                 }
-            inner.load(at, columns, stage, m, warp);
+            inner.load(at, columns, rest[m], stage, m, warp);
         };
         x.load(xk, 0);
+#pragma unroll
+        for (int m = 0; m < TILES; m++) columns.less_target(at, stage, m, first, rest[m]);
         if (TILES == 1) load(0);  // all that does not wait for d_w1 comes before it
         if (!P::CAUSAL) {
 #pragma unroll
@@ -299,8 +306,9 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
                 for (int h = 0; h < 2; h++)
 #pragma unroll
                     for (int i = 2 * r; i < 2 * r + 2; i++) {
-                        const float gamma = columns.gamma[h][i % 2], pulled = q[m][h][i] + d_weights.b[h][i % 2];
-                        const float x = -eta_last * pulled - score_scale<T> * part[h][i], y = gamma * gamma * x;
+                        const float pulled = q[m][h][i] + d_weights.b[h][i % 2];
+                        const float x = (P::CAUSAL ? -score_scale<T> * part[h][i] : 0.0f) - eta_last * pulled;
+                        const float y = gamma_squared[h][i % 2] * x;
                         const bool start = h == 0 && i == 2 * r;
                         q[m][h][i] = x;
                         along += inner.g[h][i] * pulled;
@@ -336,25 +344,28 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
         const OfTokens<P, decltype(work_out)> of_tokens(at, warp, work_out);
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            if (TILES > 1) inner.load(at, columns, stage, m, warp);
+            if (TILES > 1) inner.load(at, columns, rest[m], stage, m, warp);
             float4 of[2];
             of_tokens.get(m, of);
             uint32_t d_z1[2][2], d_xv[2][2];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const float scale = inner.rstd[r], lr_token = lr[16 * m + 8 * r];
+                // d_p = rstd (d_g - mean - x_hat along), d_error = gamma d_p,
+                // d_z1 = rstd (gamma d_error - rstd (mean(p x_hat) d_g + along p) - mean_x - x_hat along_x)
+                const float rstd = inner.rstd[r], lr_token = lr[16 * m + 8 * r];
+                const float of_q = rstd * inner.along[r] * lr_token, of_p = rstd * of[r].y;
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float d_z[2], d_error[2];
 #pragma unroll
                     for (int l = 0; l < 2; l++) {
                         const int i = 2 * r + l;
-                        const float gamma = columns.gamma[h][l], x = inner.x_hat[h][i], d_g = lr_token * q[m][h][i];
-                        const float d_p = scale * (d_g - of[r].x - x * of[r].y);
+                        const float gamma = columns.gamma[h][l], x = inner.x_hat[h][i], each = q[m][h][i];
+                        const float d_p = rstd * (lr_token * each - of[r].x - x * of[r].y);
                         d_error[l] = gamma * d_p;
-                        const float d_x = gamma * d_error[l] - scale * (inner.along[r] * d_g + of[r].y * inner.p[h][i]);
-                        d_z[l] = scale * (d_x - of[r].z - x * of[r].w);
-                        d_ln_weight[h][l] += d_p * inner.error[h][i] + d_error[l] * x;
+                        d_z[l] = rstd * (gamma * d_error[l] - of[r].z - of_q * each - of_p * inner.p[h][i] - of[r].w * x);
+                        d_ln_weight[h][l] += d_p * inner.error[h][i];
+                        d_ln_weight[h][l] += d_error[l] * x;
                         d_ln_bias[h][l] += d_error[l];
                         bias[h][l] = m == 0 && r == 0 ? d_z[l] : bias[h][l] + d_z[l];
                     }
@@ -495,7 +506,11 @@ __global__ void __launch_bounds__(TTT_THREADS, 1) linear_backward(const __grid_c
             Weights<F> weights;
             weights.restore(a.saved + (chain * segments + segment) * (D * (D + 1)), warp);
             KeepForReverse<F> keep = {{scratch}};
-            recurrence(forth, weights, warp, steps, keep);
+            
+#ifdef TTT_AHEAD
+        if constexpr (CAUSAL && M == 16) recurrence_ahead(forth, weights, warp, steps, keep); else
+#endif
+        recurrence(forth, weights, warp, steps, keep);
         } else {
             Again<F> work = {{forth}, xq, xk, xv, lr, d_out, {a.d_xq, chain, h, token}, {scratch}};
             work.start();

@@ -145,6 +145,20 @@ template <typename P> struct Place {
     }
 };
 
+// s [16, 16] = x rows^T, with the 16 rows from `row`.
+template <typename T, int D>
+TTT_INLINE void product_16(float (&s)[2][4], const uint32_t (&x)[D / 16][4], const Tile<T, D>& rows, int row) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) s[0][i] = s[1][i] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        uint32_t r[4];
+        ldmatrix_x4(r, rows.by_rows(row, 16 * k));
+        mma<T>(s[0], x[k], r[0], r[1]);
+        mma<T>(s[1], x[k], r[2], r[3]);
+    }
+}
+
 // Fast weights of one warp: w1^T [16 e, D] as accumulators, and rounded; b1 of the four columns e that a lane has in
 // accumulators [16 tokens, 16 e], which are 8 h + column_in_tile() + j from the warp's first.
 template <typename P> struct Weights {
@@ -516,6 +530,139 @@ TTT_INLINE void recurrence(const P& at, Weights<P>& weights, int warp, int mini_
     if (P::CAUSAL) weights.add_bias(bias);
 }
 
+// The same for mini-batches of 16 tokens with less on the way from one to the next: as
+//   z1_{n+1} = xk_{n+1} w1_{n+1} + b1_{n+1} = xk_{n+1} w1_n + b1_n - (xk_{n+1} xk_n^T + 1) (eta_last lr g_z1_n),
+// only one product follows g_z1_n; the update of w1, its rounding and xk_{n+1} w1_n are a mini-batch late, and fill the
+// time that sums over the warps take.
+template <typename P, typename Keep>
+TTT_INLINE void recurrence_ahead(const P& at, Weights<P>& weights, int warp, int mini_batches, Keep& keep) {
+    using T = typename P::T;
+    constexpr int D = P::D;
+    static_assert(P::TILES == 1 && (P::APART || P::GROUPS * P::SLOTS > 1), "the next tokens come before a slot is full");
+    const int g = row_in_tile(), t = column_in_tile(), first = 16 * warp;
+    const float eps = *at.eps(), to_step = -P::SCALE * at.token_eta()[P::M - 1];
+    const Columns<P> columns(at, first);
+    float gamma_squared[2][2], bias[2][2] = {};  // what the last mini-batch adds to b1, in parts
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) gamma_squared[h][j] = columns.gamma[h][j] * columns.gamma[h][j];
+
+    Place<P> place;
+    uint32_t a[4] = {};  // -(eta_last lr g_z1)^T of the mini-batch before
+    Tile<T, D> before = at.xk(0);
+    float z[1][2][4], rest[2][4];
+    Operand<P> x;
+    P::wait_for_tokens(0, 0);
+    x.load(before, 0);
+    columns.less_target(at, 0, 0, first, rest);
+    weights.round();
+    through(weights, before, x, z);
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) z[0][h][i] += weights.b[h][i % 2] / P::SCALE;
+
+    for (int n = 0; n < mini_batches; n++) {
+        const int slot = place.slot(), stage = place.stage();
+        const Tile<T, D> xk = at.xk(stage);
+        const float* lr = at.lr(stage) + g;
+        float4* exchange = at.exchange(n & 1);
+        float sums[2][6];
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float gamma = columns.gamma[h][i % 2], x = z[0][h][i], u = gamma * x;
+                float(&of)[6] = sums[i / 2];
+                const bool start = h == 0 && i % 2 == 0;
+                of[0] = start ? x : of[0] + x;
+                of[1] = start ? x * x : of[1] + x * x;
+                of[2] = start ? gamma * u : of[2] + gamma * u;
+                of[3] = start ? u * u : of[3] + u * u;
+                of[4] = start ? rest[h][i] * u : of[4] + rest[h][i] * u;
+                of[5] = start ? rest[h][i] * gamma : of[5] + rest[h][i] * gamma;
+            }
+        put_sums<P>(exchange, warp, 0, sums);
+        weights.add(a, before, 0);
+        named_sync(P::BETWEEN, 32 * P::WARPS);
+
+        // What does not wait for this mini-batch's gradient.
+        place.next();
+        const bool more = n + 1 < mini_batches;
+        if (more) P::wait_for_tokens(n + 1, place.slot());
+        const int next = more ? place.stage() : stage;
+        x.load(at.xk(next), 0);
+        weights.round();
+        float base[1][2][4], attn[2][4], next_rest[2][4];
+        through(weights, before, x, base);
+        product_16(attn, x.x, xk, 0);
+        const uint32_t keys[4] = {pack<T>(attn[0][0] + 1.0f, attn[0][1] + 1.0f), pack<T>(attn[0][2] + 1.0f, attn[0][3] + 1.0f),
+                                  pack<T>(attn[1][0] + 1.0f, attn[1][1] + 1.0f), pack<T>(attn[1][2] + 1.0f, attn[1][3] + 1.0f)};
+        columns.less_target(at, next, 0, first, next_rest);
+        weights.add_bias(bias);
+        if (P::CAUSAL) {
+            P::wait_for_slot(n, slot);
+            weights.show(at.w(slot), at.b(slot), first);
+        }
+
+        auto work_out = [&](int m) {  // rstd, shift, mean(p), along
+            float sums[6];
+            get_sums<P>(exchange, m, sums);
+            const float mean = sums[0] / D, mean_u = sums[2] / D, mean_rest = sums[5] / D;
+            const float rstd = rsqrt(max(sums[1] / D - mean * mean, 0.0f) + eps);
+            const float along_x = rstd * (mean_u - mean * columns.mean_gamma_squared);  // mean(gamma^2 x_hat)
+            const float along_x2 = rstd * rstd *  // mean(gamma^2 x_hat^2)
+                (sums[3] / D - 2.0f * mean * mean_u + mean * mean * columns.mean_gamma_squared);
+            const float4 of = make_float4(rstd, mean * rstd, along_x + mean_rest,
+                                          along_x2 + rstd * (sums[4] / D - mean * mean_rest));
+            keep.token(n, warp, m, of, along_x, along_x2);
+            return of;
+        };
+        const OfTokens<P, decltype(work_out)> of_tokens(at, warp, work_out);
+        float4 of[2];
+        of_tokens.get(0, of);
+        uint32_t step[2][2], seen[2][2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float factor = to_step * lr[8 * r], rstd = of[r].x;
+            float x_hat[2][2], gradient[2][2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    x_hat[h][j] = z[0][h][2 * r + j] * rstd - of[r].y;
+                    const float p = columns.gamma[h][j] * rest[h][2 * r + j] - of[r].z;
+                    gradient[h][j] = rstd * (p + x_hat[h][j] * (gamma_squared[h][j] - of[r].w));
+                    bias[h][j] = r == 0 ? factor * gradient[h][j] : bias[h][j] + factor * gradient[h][j];
+                }
+                step[h][r] = pack<T>(factor * gradient[h][0], factor * gradient[h][1]);
+                seen[h][r] = pack<T>(gradient[h][0], gradient[h][1]);
+            }
+            keep.x_hat(n, warp, 0, r, x_hat);
+        }
+        a[0] = movmatrix(step[0][0]), a[1] = movmatrix(step[1][0]), a[2] = movmatrix(step[0][1]), a[3] = movmatrix(step[1][1]);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float more_z[4] = {weights.b[h][0], weights.b[h][1], weights.b[h][0], weights.b[h][1]};
+            mma<T>(more_z, keys, a[h], a[2 + h]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) z[0][h][i] = base[0][h][i] + more_z[i] / P::SCALE, rest[h][i] = next_rest[h][i];
+        }
+        if (P::CAUSAL) {
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) at.g(slot).set(g + 8 * r, first + 8 * h + t, seen[h][r]);
+            P::hand_over(slot);
+        }
+        keep.start(n, weights, warp);
+        before = xk;
+    }
+    weights.add(a, before, 0);
+    weights.add_bias(bias);
+}
+
 // Puts what all mini-batches share into shared memory: gamma, beta, token_eta and eps.
 template <typename P>
 TTT_INLINE void load_shared(const P& at, const float* ln_weight, const float* ln_bias, const float* token_eta, double eps) {
@@ -606,8 +753,10 @@ template <typename P, typename Work> TTT_INLINE void reader(const P& at, int ind
         }
         named_sync(P::full(slot_of(turn)), P::HAND_OVER);
         load(turn - P::SLOTS + P::STAGES);  // all of the team have left turn - SLOTS
+#ifndef TTT_NO_READ
         for (int i = 0; i < P::TURN / 16; i++)
             work.read(turn * P::GROUPS + group, slot_of(turn), stage_of(turn), i, row(i));
+#endif
         if (P::APART) {
             if (turn + P::SLOTS < turns) named_arrive(P::free(slot_of(turn)), P::HAND_OVER);
         } else {
@@ -637,20 +786,6 @@ TTT_INLINE void add_product(float (&z)[D / 8][4], const uint32_t (&x)[D / 16][4]
             mma<T>(z[2 * j], x[k], r[0], r[1]);
             mma<T>(z[2 * j + 1], x[k], r[2], r[3]);
         }
-}
-
-// s [16, 16] = x rows^T, with the 16 rows from `row`.
-template <typename T, int D>
-TTT_INLINE void product_16(float (&s)[2][4], const uint32_t (&x)[D / 16][4], const Tile<T, D>& rows, int row) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) s[0][i] = s[1][i] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < D / 16; k++) {
-        uint32_t r[4];
-        ldmatrix_x4(r, rows.by_rows(row, 16 * k));
-        mma<T>(s[0], x[k], r[0], r[1]);
-        mma<T>(s[1], x[k], r[2], r[3]);
-    }
 }
 
 // z += s rows, with s [16, 16] an A operand and the 16 rows from `row`.
