@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +99,8 @@ def _sweep(options: argparse.Namespace) -> int:
         return 0
     unchecked = sweep.unchecked(left, checked, settings)
     groups = parity.with_yardstick(unchecked)
-    with _progress() as bar:
+    with _progress() as bar, tempfile.TemporaryDirectory(prefix="ttt-lab-compiled-") as compiled:
+        settings = replace(settings, compiled=Path(compiled))
         task = bar.add_task("parity", total=sum(map(len, groups)))
         for cell, found in parity.run(groups, settings):
             records.append(checked_path, found)

@@ -15,7 +15,7 @@ from harness.frameworks import open_framework
 from harness.parity import CPU_ENVIRONMENT
 from harness.planted import FAULTS, Fault, load
 from harness.worker import Failure, Worker, classify
-from spec.cases import CASES, Case
+from spec.cases import CASES, Case, draw
 from spec.problem import PASSES, Problem
 
 SEED = 0
@@ -82,8 +82,9 @@ def _genuine(case_name: str, problem: Problem) -> list[TensorCheck]:
 
 
 def _examine(fault: Fault | None, case: Case, problem: Problem) -> list[TensorCheck]:
-    page = load(fault, problem.inner_model)
-    return examine(page, case, problem, PASSES, SEED, open_framework("torch", "cpu"), _truth(case.name, problem))
+    page, drawn = load(fault, problem.inner_model), draw(case, problem, SEED)
+    truth = _truth(case.name, problem)
+    return examine(page, problem, PASSES, drawn, open_framework("torch", "cpu"), truth, case.strided)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -31,14 +32,14 @@ class Framework(Protocol):
     def arrays(self, tensors: Any, strided: bool = False) -> Any:
         """The named tuple `tensors` of NumPy arrays as arrays on the device; see `Case.strided`."""
 
-    def numpy(self, tensors: Any) -> Any:
-        """The named tuple `tensors` of device arrays as NumPy arrays, bit for bit."""
+    def copies(self, tensors: Any) -> Any:
+        """The named tuple `tensors` of device arrays copied into PyTorch tensors, bit for bit, on that device."""
 
     def synchronize(self, result: Any) -> None:
         """Wait until everything that `result` depends on has been computed."""
 
-    def poison(self) -> None:
-        """Leave NaN in the memory that the next arrays will be made of, so that an unwritten element shows."""
+    def poison(self, size: int) -> None:
+        """Leave NaN in some `size` bytes that the next arrays will be made of: what nobody writes shows."""
 
     def release_memory(self) -> None:
         """Give cached device memory back, for the other processes on the device."""
@@ -122,23 +123,20 @@ class _Torch:
         array = bits.to(self.device, copy=True)
         return array.transpose(1, 2).contiguous().transpose(1, 2) if strided else array
 
-    def numpy(self, tensors: Any) -> Any:
-        return type(tensors)(*map(self._numpy, tensors))
-
-    def _numpy(self, x: Any) -> np.ndarray:
-        x = x.detach().to("cpu", copy=True).contiguous()  # what is overwritten later shall show
-        return x.view(self.torch.int16).numpy().view(_BF16) if x.dtype == self.torch.bfloat16 else x.numpy()
+    def copies(self, tensors: Any) -> Any:
+        """See `Framework`: what is overwritten later shall show."""
+        return type(tensors)(*(x.detach().clone(memory_format=self.torch.contiguous_format) for x in tensors))
 
     def synchronize(self, result: Any) -> None:
         if self.device == "cuda":
             self.torch.cuda.synchronize()
 
-    def poison(self) -> None:
+    def poison(self, size: int) -> None:
         if self.device == "cpu":
             _poison_malloc()
         else:  # freed blocks go back to the caching allocator, which hands them out again
             free, _ = self.torch.cuda.mem_get_info()
-            sizes = [min(free // 4, 2**32) // 4] + 64 * [2**17]
+            sizes = [min(free // 4, size, 2**32) // 4] + 64 * [2**17]
             _ = [self.torch.full((size,), float("nan"), device="cuda") for size in sizes]
 
     def release_memory(self) -> None:
@@ -179,18 +177,25 @@ class _Jax:
         """JAX has no strides: `strided` changes nothing."""
         return type(tensors)(*(self.jax.device_put(x, self.place) for x in tensors))
 
-    def numpy(self, tensors: Any) -> Any:
-        return type(tensors)(*map(np.asarray, tensors))
+    def copies(self, tensors: Any) -> Any:
+        import torch
+
+        copies = type(tensors)(*(torch.from_dlpack(x).clone() for x in self.jax.block_until_ready(tensors)))
+        if self.device == "cuda":
+            torch.cuda.synchronize()  # JAX knows nothing of the copies, and may write where they are read
+        return copies
 
     def synchronize(self, result: Any) -> None:
         self.jax.block_until_ready(result)
 
-    def poison(self) -> None:
+    def poison(self, size: int) -> None:
         if self.device == "cpu":
             _poison_malloc()
 
     def release_memory(self) -> None:
-        """JAX keeps what it has; see `parity.CUDA_ENVIRONMENT`."""
+        """JAX keeps what it has (see `parity.CUDA_ENVIRONMENT`), PyTorch nothing of what was copied."""
+        if self.device == "cuda" and (torch := sys.modules.get("torch")):
+            torch.cuda.empty_cache()
 
     def reset_peak_memory(self) -> None:
         """JAX counts one peak for the whole process: not reported."""

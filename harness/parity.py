@@ -1,17 +1,22 @@
 """Check implementations against the oracle: every cell in the implementation's own process, judged by `rule`.
 
-For each problem the oracle's truth is computed once, on disk, a little ahead of the workers that are held to it.
+For each problem the numbers are drawn and the oracle's truth is computed once, in files that the workers map. Several
+problems are in work at once, and on a GPU several processes of each implementation: most of the time goes into
+compiling and into chains of launches, which wait for each other within a process only.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
+import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,30 +27,39 @@ from harness.environment import Stamp
 from harness.grid import Cell
 from harness.rows import ParityRow
 from harness.worker import Failure, Worker
-from implementations.registry import implementations
-from spec.cost import affordable_form
+from implementations.registry import Implementation, implementations
+from spec.cost import affordable_form, working_bytes
+from spec.problem import Problem
 
-# On a CPU the checks are tiny and compiling is most of the work: one thread each, and no costly passes in XLA.
+# On a CPU the checks are tiny and compiling is most of the work: one thread each, and of XLA's ways the quick ones.
 # Kernels for a GPU run there in their language's simulator or interpreter.
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
     "NUMBA_ENABLE_CUDASIM": "1",
     "TRITON_INTERPRET": "1",
 }
 # On a GPU all workers share its memory: JAX allocates and frees each array instead of keeping a growing pool.
 CUDA_ENVIRONMENT = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
-_AHEAD = 2  # truths on disk at once: the one in use and the next; a full-size one is gigabytes
+_GROUPS = {"cpu": 2, "cuda": 8}  # in work at once: the numbers and the truth of a full-size one are gigabytes
+_PROCESSES = {"cpu": 1, "cuda": 3}  # of each implementation and of the oracle, at most
+WARM_UP_SECONDS = 120.0  # for a process to import what it needs
+_MEMORY, _ROOM_BYTES = Path("/dev/shm"), 2**35  # where there is so much room, the files are in memory
+DEVICE_BYTES = 50 * 10**9  # that the checks at work may take together, by their estimate; processes take the rest
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run: `jobs` checks at once, `timeout` seconds for each call into a worker."""
+    """How to run: `jobs` checks at once, `timeout` seconds for each call into a worker.
+
+    On a GPU compilers keep what they made in `compiled`, or in a folder that goes with the run.
+    """
 
     stamp: Stamp
     seed: int = 0
     jobs: int = os.cpu_count() or 1
     timeout: float = 600.0
+    compiled: Path | None = None
 
 
 def with_yardstick(cells: Iterable[Cell]) -> list[list[Cell]]:
@@ -61,71 +75,77 @@ def with_yardstick(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def run(groups: list[list[Cell]], settings: Settings) -> Iterator[tuple[Cell, list[ParityRow]]]:
-    """Check every cell and yield its rows; the cells of a group come together, in the order of the groups."""
+    """Check every cell and yield its rows; the cells of a group come together, a group as soon as it is done."""
     with ExitStack() as stack:
         runner = _Runner(settings, stack)
-        truths = [runner.truth(group) for group in groups]
-        pending = [
-            [runner.check(cell, truth) for cell in group] for group, truth in zip(groups, truths, strict=True)
-        ]
-        for group, truth, checks in zip(groups, truths, pending, strict=True):
-            results = {cell.entry.key: check.result() for cell, check in zip(group, checks, strict=True)}
-            runner.release(truth)
+        waiting = iter(groups)
+        for group in itertools.islice(waiting, _GROUPS[settings.stamp.device]):
+            runner.start(group)
+        for _ in groups:
+            group, results = runner.next_done()
             yardstick = results[rule.YARDSTICK]
             for cell in group:
                 yield cell, _rows(cell, results[cell.entry.key], yardstick, settings)
+            for another in itertools.islice(waiting, 1):
+                runner.start(another)
 
 
 class _Runner:
-    """A thread and a process for each implementation and for the oracle; `jobs` of them work at a time."""
+    """Threads and processes for each implementation and for the oracle; `jobs` of them work at a time."""
 
     def __init__(self, settings: Settings, stack: ExitStack):
         self.settings = settings
-        self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ttt-lab-truth-")))
+        self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ttt-lab-truth-", dir=_room())))
         self._slots = threading.Semaphore(settings.jobs)
-        self._waiting_for_all = threading.Lock()
-        self._ahead = threading.Semaphore(_AHEAD)
-        self._stopped = False
+        self._waiting_for_several = threading.Lock()
+        self._finished: queue.SimpleQueue[tuple[list[Cell], Path, list[Future]]] = queue.SimpleQueue()
+        self._lanes: dict[str, _Lane] = {}
+        self._environment = CPU_ENVIRONMENT
+        if settings.stamp.device == "cuda":
+            compiled = settings.compiled or stack.enter_context(tempfile.TemporaryDirectory(prefix="ttt-lab-compiled-"))
+            self._environment = CUDA_ENVIRONMENT | compiler_caches(Path(compiled))
         stack.callback(self._stop)
-        self._lanes: dict[str, tuple[Worker, ThreadPoolExecutor]] = {}
 
-    def truth(self, group: list[Cell]) -> Future:
-        """The folder that holds the truth of a group; None where no cell of it can run."""
-        cell = group[0]
-        runnable = any(not c.entry.unsupported(c.problem, self.settings.stamp.device) for c in group)
-        return self._submit("oracle", self._compute, cell) if runnable else _done(None)
-
-    def check(self, cell: Cell, truth: Future) -> Future:
-        """The checks of one cell, or the `Failure` that there are none."""
-        if reason := cell.entry.unsupported(cell.problem, self.settings.stamp.device):
-            return _done(Failure("unsupported", reason))
-        return self._submit(cell.entry.key, self._check, cell, truth)
-
-    def release(self, truth: Future) -> None:
-        """The truth has been used: its room on disk is free for the next."""
-        if isinstance(folder := truth.result(), Path):
-            shutil.rmtree(folder)
-        if folder is not None:
-            self._ahead.release()
-
-    def _compute(self, worker: Worker, cell: Cell) -> Path | Failure:
-        self._ahead.acquire()
-        if self._stopped:
-            return Failure("error", "stopped")
+    def start(self, group: list[Cell]) -> None:
+        """Compute the truth of a group, if a cell of it can run, and hold its cells to it; see `next_done`."""
         folder = Path(tempfile.mkdtemp(dir=self._folder))
-        arguments = cell.case, cell.problem, self.settings.seed, self.settings.stamp.device, folder
-        return self._call(worker, jobs.save_truth, *arguments) or folder
+        reasons = [cell.entry.unsupported(cell.problem, self.settings.stamp.device) for cell in group]
+        runnable = not all(reasons)
+        truth = self._submit(None, self._compute, group[0], folder) if runnable else _done(None)
+        checks = [
+            _done(Failure("unsupported", reason))
+            if reason
+            else self._submit(cell.entry, self._check, cell, folder, truth)
+            for cell, reason in zip(group, reasons, strict=True)
+        ]
+        left = itertools.count(len(checks) - 1, -1)
 
-    def _check(self, worker: Worker, cell: Cell, truth: Future) -> list[TensorCheck] | Failure:
-        folder = truth.result()
-        if isinstance(folder, Failure):
-            return Failure("error", f"the oracle failed: {folder.status}: {folder.reason}")
-        arguments = cell.case, cell.problem, self.settings.seed, self.settings.stamp.device, folder
-        return self._call(worker, jobs.check, cell.entry, *arguments)
+        def one_done(_: Future) -> None:
+            if next(left) == 0:
+                self._finished.put((group, folder, checks))
 
-    def _call(self, worker: Worker, function: Any, *arguments: Any) -> Any:
+        for check in checks:
+            check.add_done_callback(one_done)
+
+    def next_done(self) -> tuple[list[Cell], dict[str, list[TensorCheck] | Failure]]:
+        """Wait for a group: its cells, and the checks of each, or the `Failure` that there are none."""
+        group, folder, checks = self._finished.get()
+        shutil.rmtree(folder)
+        return group, {cell.entry.key: check.result() for cell, check in zip(group, checks, strict=True)}
+
+    def _compute(self, worker: Worker, cell: Cell, folder: Path) -> Failure | None:
+        arguments = cell.case, cell.problem, self.settings.seed, self.settings.stamp.device, folder
+        return self._call(worker, cell.problem, jobs.save_truth, *arguments)
+
+    def _check(self, worker: Worker, cell: Cell, folder: Path, truth: Future) -> list[TensorCheck] | Failure:
+        if isinstance(failure := truth.result(), Failure):
+            return Failure("error", f"the oracle failed: {failure.status}: {failure.reason}")
+        arguments = cell.case, cell.problem, self.settings.stamp.device, folder
+        return self._call(worker, cell.problem, jobs.check, cell.entry, *arguments)
+
+    def _call(self, worker: Worker, problem: Problem, function: Any, *arguments: Any) -> Any:
         """What the call returns or the `Failure`; out of device memory, it is tried again with nothing beside it."""
-        for slots in (1, self.settings.jobs):
+        for slots in (self._slots_of(problem), self.settings.jobs):
             with self._taking(slots):
                 try:
                     return worker.call(function, *arguments, timeout=self.settings.timeout)
@@ -136,9 +156,16 @@ class _Runner:
             worker.stop()
         return last
 
+    def _slots_of(self, problem: Problem) -> int:
+        """One, or more where a check takes more than its share of the device's memory."""
+        if self.settings.stamp.device == "cpu":
+            return 1
+        share = DEVICE_BYTES / self.settings.jobs
+        return min(1 + int(working_bytes(problem) / share), self.settings.jobs)
+
     @contextmanager
     def _taking(self, slots: int) -> Iterator[None]:
-        with self._waiting_for_all if slots > 1 else nullcontext():
+        with self._waiting_for_several if slots > 1 else nullcontext():
             for _ in range(slots):
                 self._slots.acquire()
         try:
@@ -146,20 +173,70 @@ class _Runner:
         finally:
             self._slots.release(slots)
 
-    def _submit(self, lane: str, function: Any, *arguments: Any) -> Future:
-        if lane not in self._lanes:
-            environment = CPU_ENVIRONMENT if self.settings.stamp.device == "cpu" else CUDA_ENVIRONMENT
-            self._lanes[lane] = Worker(environment), ThreadPoolExecutor(1)
-        worker, thread = self._lanes[lane]
-        return thread.submit(function, worker, *arguments)
+    def _submit(self, entry: Implementation | None, function: Any, *arguments: Any) -> Future:
+        """Call in a process of the implementation, or of the oracle."""
+        key, device = entry.key if entry else "oracle", self.settings.stamp.device
+        if key not in self._lanes:
+            workers = [Worker(self._environment) for _ in range(_PROCESSES[device])]
+            warm = functools.partial(jobs.warm_up, entry, device) if device == "cuda" else None
+            self._lanes[key] = _Lane(workers, warm)
+        return self._lanes[key].submit(function, *arguments)
 
     def _stop(self) -> None:
         """End all processes, and let go of every thread that waits for something."""
-        self._stopped = True
-        for worker, thread in self._lanes.values():
-            thread.shutdown(wait=False, cancel_futures=True)
+        for lane in self._lanes.values():
+            lane.close()
+
+
+class _Lane:
+    """Processes that share the calls of one implementation, or of the oracle, and a thread that waits for each."""
+
+    def __init__(self, workers: list[Worker], warm_up: Callable[[], None] | None):
+        """`warm_up` is called in each process at once: it has started when the first truth is there."""
+        self._workers, self._threads = workers, ThreadPoolExecutor(len(workers))
+        self._idle = queue.LifoQueue[Worker]()  # a process that has started is taken before one that has not
+        for worker in workers:
+            if warm_up:
+                threading.Thread(target=self._start, args=(worker, warm_up), daemon=True).start()
+            else:
+                self._idle.put(worker)
+
+    def _start(self, worker: Worker, warm_up: Callable[[], None]) -> None:
+        with suppress(Failure):  # whatever it is, the first check says so
+            worker.call(warm_up, timeout=WARM_UP_SECONDS)
+        self._idle.put(worker)
+
+    def submit(self, function: Any, *arguments: Any) -> Future:
+        """Call `function(worker, *arguments)` when a process is free; in the order of the calls."""
+
+        def call() -> Any:
+            worker = self._idle.get()
+            try:
+                return function(worker, *arguments)
+            finally:
+                self._idle.put(worker)
+
+        return self._threads.submit(call)
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
             worker.close()
-        self._ahead.release(_AHEAD)
+
+
+def compiler_caches(folder: Path) -> dict[str, str]:
+    """The environment in which every compiler keeps what it made in `folder`, and looks nowhere else for it."""
+    names = "JAX_COMPILATION_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUPY_CACHE_DIR"
+    return {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | {name: str(folder / name.lower()) for name in names}
+
+
+def _room() -> Path | None:
+    """Where the files of the groups go: into memory, if half of it is free and large; else where temporary files go."""
+    try:
+        return _MEMORY if shutil.disk_usage(_MEMORY).free >= _ROOM_BYTES else None
+    except OSError:
+        return None
 
 
 def _done(value: Any) -> Future:
@@ -203,6 +280,7 @@ def _rows(
                 error_ratio=verdict.error_ratio,
                 worst_index=" ".join(map(str, check.worst_index or ())),
                 diverging_mini_batch=verdict.diverging_mini_batch,
+                first_call_s=check.first_call_s,
             )
         )
     return rows

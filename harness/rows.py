@@ -26,6 +26,7 @@ class ParityRow:
         worst_index: where in the tensor the worst error is.
         truth: which truth it was held to, say "primal".
         diverging_mini_batch: the first mini-batch that is out of tolerance.
+        first_call_s: of the pass that gives the tensor, seconds, compilation included; other checks run beside it.
 
     Raises:
         ValueError: a name is unknown, a text has a line break, a status other than `ok` has no reason, or `ok` has
@@ -62,6 +63,7 @@ class ParityRow:
     versions: str
     started_at: str
     fingerprint: str
+    first_call_s: float | None = None
 
     KEY: ClassVar[tuple[str, ...]] = ("implementation", "inner_model", "case", *SIZES)
     KEY += ("causal", "dtype", "matmul_precision", "seed", "device", "tensor")
@@ -77,7 +79,8 @@ class SweepRow:
     Attributes:
         device_ms, device_ms_p20, device_ms_p80: median, 20th and 80th percentile on the device, milliseconds.
         host_ms: median until the call returns, milliseconds.
-        first_call_s: the first call, compilation included, seconds.
+        first_call_s: the first call, compilation included, seconds: that of the parity check, whose compilers find
+            nothing on disk but have company; that of the timed process where the check does not say.
         cache: whether each call found inputs that other data had pushed out of the caches (cold), or those of the
             call before (warm).
         timer: what the clock was: `cupti`, `cuda_events` or `host_sync`.

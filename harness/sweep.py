@@ -22,24 +22,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from harness import ceilings, jobs
+from harness import ceilings, jobs, parity
 from harness.ceilings import Ceilings
 from harness.device_clock import CuptiClock
 from harness.environment import Stamp
 from harness.grid import Cell
-from harness.parity import Settings, cell_columns, versions
+from harness.parity import Settings, cell_columns, compiler_caches, versions
 from harness.rows import ParityRow, Row, SampleRow, SweepRow
 from harness.timing import Block, Cache, Ready, Subject, percentiles
 from harness.worker import Failure, Worker
 from implementations.registry import Device
-from spec.cost import bytes_min, flops
+from spec.cost import bytes_min, flops, working_bytes
 from spec.problem import PASSES, Pass
 
-ROUNDS = (2, 5)  # at least, at most: fewer of what is slow
-PROCESS_SECONDS = 2.0  # for all of a process's rounds, if that is more than the fewest
-BLOCK_SECONDS = 0.05
+ROUNDS = (2, 3)  # at least, in all processes together; at most, in each: fewer of what is slow
+PROCESS_SECONDS = 1.0  # for all of a process's rounds, if that is more than the fewest
+BLOCK_SECONDS = 0.02
 BLOCK_CALLS = 20
 BLOCK_LAUNCHES = 3000  # cupti-python makes an object of each, in a tenth of a millisecond
 # Not `unsupported`: what was missing may have been installed since.
@@ -106,7 +106,7 @@ def run(
     bench = _Bench(protocol, settings)
     try:
         for group in groups.values():
-            to_measure: list[tuple[Cell, dict[Pass, SweepRow]]] = []
+            to_measure: list[_Task] = []
             for cell in group:
                 rows = verdicts.get(_cell_key_of(cell, settings.stamp), [])
                 blanks = {}
@@ -116,16 +116,24 @@ def run(
                         yield from ((_failed(blank, failure, cache), []) for cache in protocol.caches)
                     else:
                         blanks[pass_] = blank
-                to_measure.append((cell, blanks))
+                to_measure.append(_Task(cell, blanks, {pass_: _first_call_s(rows, pass_) for pass_ in blanks}))
             yield from bench.measure(to_measure)
     finally:
         bench.close()
 
 
+class _Task(NamedTuple):
+    """A cell to be measured: by pass, the rows to be filled in, and what the first call took in its parity check."""
+
+    cell: Cell
+    blanks: dict[Pass, SweepRow]
+    first_call_s: dict[Pass, float | None]
+
+
 class _Subject:
     """One cell of an implementation in the turns of one pass: its processes, and what they gave so far."""
 
-    def __init__(self, cell: Cell, workers: list[Worker], settings: Settings):
+    def __init__(self, cell: Cell, workers: list[Worker], numbers: Path, settings: Settings):
         self.cell, self.workers = cell, workers
         self.failure: Failure | None = None
         self.ready: list[Ready] = []
@@ -133,7 +141,7 @@ class _Subject:
         self.refused: dict[Cache, Failure] = {}
         self._left_s = settings.timeout
         stamp = settings.stamp
-        self._subject = Subject(cell.entry, cell.case, cell.problem, settings.seed, stamp.device)
+        self._subject = Subject(cell.entry, cell.case, cell.problem, settings.seed, stamp.device, numbers)
 
     def call(self, process: int, job: Any, *arguments: Any) -> Any:
         """What `job` gives in one process; None once this cell has failed, or fails now."""
@@ -148,10 +156,10 @@ class _Subject:
         finally:
             self._left_s -= time.monotonic() - started
 
-    def place(self, process: int) -> None:
-        """Have one process import its framework and put the inputs on the device: seconds, for all at once."""
+    def place(self, process: int, pass_: Pass) -> None:
+        """Have one process import its framework, put the inputs on the device and compile the pass."""
         try:
-            self.workers[process].call(jobs.place, self._subject, timeout=self._left_s)
+            self.workers[process].call(jobs.place, self._subject, pass_, timeout=self._left_s)
         except Failure as failure:
             self.failure = failure
 
@@ -177,46 +185,54 @@ class _Bench:
     def __init__(self, protocol: Protocol, settings: Settings):
         self._protocol, self._settings = protocol, settings
         self._workers: dict[str, list[Worker]] = {}
-        self._caches = tempfile.TemporaryDirectory(prefix="ttt-lab-compiled-")
+        self._folder = tempfile.TemporaryDirectory(prefix="ttt-lab-sweep-")
+        self._numbers = Path(self._folder.name) / "numbers"
+        self._numbers.mkdir()
 
     def close(self) -> None:
         """End the processes."""
         for worker in itertools.chain(*self._workers.values()):
             worker.close()
-        self._caches.cleanup()
+        self._folder.cleanup()
 
-    def measure(self, cells: list[tuple[Cell, dict[Pass, SweepRow]]]) -> Iterator[tuple[SweepRow, list[SampleRow]]]:
+    def measure(self, tasks: list[_Task]) -> Iterator[tuple[SweepRow, list[SampleRow]]]:
         """The rows of one problem: pass by pass, the implementations in turns."""
+        if any(task.blanks for task in tasks):
+            cell = tasks[0].cell
+            jobs.save_drawn(cell.case, cell.problem, self._settings.seed, self._numbers)
         for pass_ in PASSES:
-            subjects = [self._subject(cell) for cell, blanks in cells if pass_ in blanks]
+            of_pass = [task for task in tasks if pass_ in task.blanks]
+            subjects = [self._subject(task.cell) for task in of_pass]
             with _device_to_itself(self._settings.stamp):
                 self._take_turns(subjects, pass_)
                 for number, subject in enumerate(subjects):
                     if subject.failure and subject.failure.status == "oom" and self._shares_memory():
                         subjects[number] = self._alone(subject.cell, pass_)
-            blanks_of = {id(cell): blanks for cell, blanks in cells}
-            for subject in subjects:
-                blank = blanks_of[id(subject.cell)][pass_]
-                yield from (_result(subject, blank, cache) for cache in self._protocol.caches)
-        for cell, _ in cells:
-            self._subject(cell).clear()
+            for task, subject in zip(of_pass, subjects, strict=True):
+                blank, first_s = task.blanks[pass_], task.first_call_s[pass_]
+                yield from (_result(subject, blank, first_s, cache) for cache in self._protocol.caches)
+        for task in tasks:
+            self._subject(task.cell).clear()
 
     def _subject(self, cell: Cell) -> _Subject:
         key = cell.entry.key
         if key not in self._workers:
             self._workers[key] = [Worker(self._environment()) for _ in range(self._protocol.processes)]
-        return _Subject(cell, self._workers[key], self._settings)
+        return _Subject(cell, self._workers[key], self._numbers, self._settings)
 
     def _environment(self) -> dict[str, str]:
-        """Compilers start with empty caches in the sweep's own folder, which an implementation's processes share."""
-        folders = ("JAX_COMPILATION_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUPY_CACHE_DIR")
-        small = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        return small | {name: str(Path(self._caches.name) / name.lower()) for name in folders}
+        """Compilers find what the parity checks made, and what other processes of the sweep did; nothing older.
+
+        A CPU's problems are tiny, and threads would only wait for each other.
+        """
+        caches = compiler_caches(self._settings.compiled or Path(self._folder.name))
+        return caches | ({"OMP_NUM_THREADS": "1"} if self._settings.stamp.device == "cpu" else {})
 
     def _take_turns(self, subjects: Sequence[_Subject], pass_: Pass) -> None:
         turns = list(itertools.product(range(self._protocol.processes), subjects))
-        with ThreadPoolExecutor(max(len(turns), 1)) as pool:
-            list(pool.map(lambda turn: turn[1].place(turn[0]), turns))
+        at_once = min(len(turns), *(parity.DEVICE_BYTES // working_bytes(s.cell.problem) for s in subjects), 64)
+        with ThreadPoolExecutor(max(at_once, 1)) as pool:
+            list(pool.map(lambda turn: turn[1].place(turn[0], pass_), turns))
         for process, subject in turns:
             subject.get_ready(process, pass_)
         for subject in subjects[:1]:
@@ -250,7 +266,8 @@ def _block(subject: _Subject, process: int, round_: int, pass_: Pass, cache: Cac
     seconds, recorded = ready.call_ms / 1e3, ready.trial.launches if ready.timer == CuptiClock.name else None
     calls = min(int(BLOCK_SECONDS / seconds), BLOCK_CALLS, BLOCK_LAUNCHES // (recorded or 1))
     calls = max(calls, 1)
-    if round_ >= max(ROUNDS[0], PROCESS_SECONDS / ((2 * calls + 1) * seconds)):  # on the device, on the host, uncounted
+    fewest = -(-ROUNDS[0] // len(subject.workers))
+    if round_ >= max(fewest, PROCESS_SECONDS / ((2 * calls + 1) * seconds)):  # on the device, on the host, uncounted
         return
     block = subject.call(process, jobs.block, pass_, cache, calls)
     if block:
@@ -259,7 +276,16 @@ def _block(subject: _Subject, process: int, round_: int, pass_: Pass, cache: Cac
         subject.refused[cache], subject.failure = subject.failure, None
 
 
-def _result(subject: _Subject, blank: SweepRow, cache: Cache) -> tuple[SweepRow, list[SampleRow]]:
+def _first_call_s(checked: Iterable[ParityRow], pass_: Pass) -> float | None:
+    """What the first call of a pass took when it was checked; None where that is not known."""
+    of_pass = {"backward" if row.tensor.startswith("d_") else "forward": row.first_call_s for row in checked}
+    both = [of_pass.get(name) for name in ("forward", "backward") if name in pass_]
+    return None if None in both else sum(filter(None, both))
+
+
+def _result(
+    subject: _Subject, blank: SweepRow, first_call_s: float | None, cache: Cache
+) -> tuple[SweepRow, list[SampleRow]]:
     blocks = subject.blocks.get(cache, [])
     if failure := subject.failure or subject.refused.get(cache):
         return _failed(blank, failure, cache), []
@@ -278,7 +304,7 @@ def _result(subject: _Subject, blank: SweepRow, cache: Cache) -> tuple[SweepRow,
         device_ms_p20=p20,
         device_ms_p80=p80,
         host_ms=statistics.median(on_host),
-        first_call_s=first.first_call_s,
+        first_call_s=first.first_call_s if first_call_s is None else first_call_s,
         samples=len(on_device),
         timer=first.timer,
         peak_memory_bytes=first.peak_memory_bytes,

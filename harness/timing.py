@@ -1,7 +1,8 @@
 """How one implementation is timed in one process: what is called, on which inputs, in blocks of calls.
 
 Warm blocks call on one set of inputs, again and again. Cold blocks rotate over so many sets that more than three
-times the L2 cache is touched before a set comes back. Every block starts with a call that is not counted.
+times the L2 cache is touched before a set comes back. Every block starts with a call that is not counted, but
+where a call is so slow that it is nothing beside it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,11 +20,14 @@ from harness.device_clock import Clock, HostClock, Times, clock_for, clock_named
 from harness.frameworks import Framework, Unsupported
 from harness.gpu_state import GpuState
 from implementations.registry import Device, Implementation
-from spec.cases import Case, draw
+from spec.cases import Case
 from spec.problem import Pass, Problem
+from spec.tensors import Inputs, Outputs
 
 Cache = Literal["cold", "warm"]
-WARM_UP_CALLS = 2
+WARM_UP_CALLS = 2  # one of what is slow
+SLOW_SECONDS = 0.1  # such a call warms itself up
+LARGE_BYTES = 2**32  # such a stand gives back after each block what its framework holds unused
 SETTLE_SECONDS = 1.0  # at most: calls until two readings of the clock agree
 SETTLE_STEP_SECONDS = 0.1
 COLD_L2 = 3  # so many times the L2 cache
@@ -31,13 +36,14 @@ MOST_SETS = 256  # smaller inputs would take thousands
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: an implementation on the inputs of `case`, drawn from `seed`."""
+    """What is timed: an implementation on the inputs of `case`, drawn from `seed`; in the folder `numbers`, if any."""
 
     entry: Implementation
     case: Case
     problem: Problem
     seed: int
     device: Device
+    numbers: Path | None = None
 
 
 class Ready(NamedTuple):
@@ -67,11 +73,11 @@ class Block(NamedTuple):
 class Stand:
     """One subject in this process, with its inputs on the device; one pass at a time is ready to be timed."""
 
-    def __init__(self, subject: Subject, framework: Framework):
+    def __init__(self, subject: Subject, framework: Framework, drawn: tuple[Inputs, Outputs]):
         self.subject = subject
         self._framework = framework
         self._page = subject.entry.page(subject.problem)
-        inputs, cotangents = draw(subject.case, subject.problem, subject.seed)
+        inputs, cotangents = drawn
         one_set = sum(x.nbytes for x in inputs)
         needed = max(1, -(-COLD_L2 * framework.l2_bytes() // one_set))  # rounded up
         count = min(needed, MOST_SETS)
@@ -85,9 +91,10 @@ class Stand:
         self._clock: Clock = HostClock(framework)
         self._calls: list[Callable[[], Any]] = []
         self._next = 0
+        self._is_slow = self._is_large = False
 
-    def ready(self, pass_: Pass, timer: str | None = None) -> Ready:
-        """Make the calls of a pass, and make the first ones; `timer` names the clock where it is settled."""
+    def start(self, pass_: Pass) -> None:
+        """Make the first calls that a pass needs: what is compiled then may take minutes, of the host alone."""
         self._calls, self._pass, self._next = [], None, 0
         framework, page, problem = self._framework, self._page, self.subject.problem
         if "forward" not in self._first_s:
@@ -98,17 +105,25 @@ class Stand:
                 lambda: page.backward(self._cotangents[0], residuals, problem)
             )
             del residuals
+            framework.release_memory()
+
+    def ready(self, pass_: Pass, timer: str | None = None) -> Ready:
+        """Make the calls of a pass, and warm them up; `timer` names the clock where it is settled."""
+        self.start(pass_)
+        framework = self._framework
         self._calls = [self._call(pass_, number) for number in range(len(self._inputs))]
         first = self._first_s.get(pass_) or self._first_s["forward"] + self._first_s["backward"]
+        before = framework.allocated_bytes()
+        framework.reset_peak_memory()
         for _ in range(WARM_UP_CALLS):
             seconds = self._host_s(self._calls[0])
+            if seconds > SLOW_SECONDS:
+                break
+        peak = framework.peak_memory_bytes()
+        self._is_slow, self._is_large = seconds > SLOW_SECONDS, (peak or 0) > LARGE_BYTES
         self._clock, trial = clock_for(framework, self._calls[0], seconds * 1e3)
         if timer and timer != self._clock.name:
             self._clock = clock_named(timer, framework)
-        before = framework.allocated_bytes()
-        framework.reset_peak_memory()
-        seconds = self._host_s(self._calls[0])
-        peak = framework.peak_memory_bytes()
         if peak is not None and before is not None and self._empty_bytes is not None:
             peak += (before - self._empty_bytes) // len(self._calls) - before  # what one set of inputs takes, not all
         self._pass = pass_
@@ -141,10 +156,14 @@ class Stand:
             return [self._calls[0]] * count if cache == "warm" else [self._rotate() for _ in range(count)]
 
         host = HostClock(self._framework)
-        host.time(some(1))
+        if not self._is_slow or self._is_large:
+            host.time(some(1))
         device = self._clock.time(some(calls))
         on_host = device.ms if self._clock.name == host.name else host.time(some(calls)).ms
-        return Block(device, on_host, gpu_state.read())
+        state = gpu_state.read()
+        if self._is_large:
+            self._framework.release_memory()
+        return Block(device, on_host, state)
 
     def close(self) -> None:
         """Give the device's memory back."""

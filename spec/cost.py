@@ -1,4 +1,4 @@
-"""What a problem costs: the fewest bytes and FLOPs of a pass, and the form of the oracle it can afford.
+"""What a problem costs: the fewest bytes and FLOPs of a pass, its memory, the form of the oracle it can afford.
 
 Bytes: every input read once and every output written once, nothing kept between passes but the inputs. FLOPs:
 two for each multiply-add of the matrix products of the dual form, elementwise work left out, causal products at
@@ -40,6 +40,14 @@ def flops(problem: Problem, pass_: Pass) -> int:
     per_token = 2 * (dense + (attention if problem.causal else 0))
     forward = round(problem.batch * problem.tokens * problem.heads * per_token)
     return {"forward": forward, "backward": 2 * forward, "forward_backward": 3 * forward}[pass_]
+
+
+def working_bytes(problem: Problem) -> int:
+    """Roughly what a forward and a backward hold: fast weights for each mini-batch, a dozen activations, in fp32."""
+    d, f = problem.head_dim, problem.hidden
+    weights, wide = (d * d, 0) if problem.inner_model == "linear" else (2 * d * f, 4 * f)
+    heads = problem.batch * problem.heads
+    return 4 * heads * (problem.mini_batches * weights + problem.tokens * (12 * d + wide))
 
 
 def affordable_form(problem: Problem) -> Form:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.func import grad, vjp, vmap
 from torch.nn.functional import gelu
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from spec.cost import Form
 from spec.problem import Problem
@@ -79,9 +80,13 @@ def run(
     mini_batches = list(zip(*(_cut(x, problem) for x in inputs[:4]), strict=True))
     step = {"primal": _primal, "dual": _dual}[form](problem)
 
+    def pull_back(d_outputs, *arguments):
+        return vjp(step, *arguments)[1](d_outputs)
+
+    forward, backward = (_recorded(function, problem, device) for function in (step, pull_back))
     starts, outs = [dict(zip(names, inputs[7:], strict=True))], []
     for tokens in mini_batches:
-        out, theta = step(starts[-1], *tokens, *shared)
+        out, theta = forward(starts[-1], *tokens, *shared)
         outs.append(out)
         starts.append(theta)
     outputs = _join(outs), *starts.pop().values()
@@ -90,8 +95,7 @@ def run(
     d_shared = [torch.zeros_like(x) for x in shared]
     squares = torch.zeros_like(token_eta)
     for tokens, d_out in zip(mini_batches[::-1], _cut(cotangents.out, problem)[::-1], strict=True):
-        _, pull_back = vjp(step, starts.pop(), *tokens, *shared)
-        d_theta, *d = pull_back((d_out, d_theta))
+        d_theta, *d = backward((d_out, d_theta), starts.pop(), *tokens, *shared)
         d_tokens.append(d[:4])
         d_shared = [total + part for total, part in zip(d_shared, d[4:], strict=True)]
         squares = squares + d[4] ** 2
@@ -102,6 +106,33 @@ def run(
         INPUTS[problem.inner_model](*(x.cpu() for x in gradients)),
         squares.sum((0, 1)).sqrt().cpu(),
     )
+
+
+def _recorded(function: Callable[..., Any], problem: Problem, device: str) -> Callable[..., Any]:
+    """The same function; where a chain is long, a GPU records it once and replays it, one launch for thousands."""
+    if device == "cpu" or problem.mini_batches < 16:
+        return function
+    record: list[tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = []
+
+    def call(*arguments: Any) -> Any:
+        tensors, form = tree_flatten(arguments)
+        if not record:
+            given = [x.clone() for x in tensors]
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):  # what libraries set up at the first call is not recorded
+                function(*tree_unflatten(given, form))
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = function(*tree_unflatten(given, form))
+            record.append((graph, given, results))
+        graph, given, results = record[0]
+        for into, x in zip(given, tensors, strict=True):
+            into.copy_(x)
+        graph.replay()
+        return tree_map(torch.clone, results)
+
+    return call
 
 
 def _as_float64(x: Any, device: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ Cotangents have the type of the outputs, gradients the type of the inputs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_type_hints
@@ -87,6 +88,7 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}[self.dtype]
 
 
+@functools.lru_cache(maxsize=256)  # a call checks its tensors while the device waits for it
 def tensor_specs(kind: type, problem: Problem) -> tuple[TensorSpec, ...]:
     """The tensors of the named tuple `kind` (say `LinearInputs`), in its order, at the sizes of `problem`."""
     return tuple(

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.parity import CPU_ENVIRONMENT
+
+os.environ.setdefault("XLA_FLAGS", CPU_ENVIRONMENT["XLA_FLAGS"])  # before anybody imports JAX: twice as fast
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = """
 from implementations.registry import Implementation
@@ -54,7 +57,7 @@ def ours(tmp_path_factory) -> Path:
     (info / "entry_points.txt").write_text("[ttt_lab.implementations]\nours = ours_entries:ENTRIES\n")
     (folder / "ours_entries.py").write_text(ENTRIES)
     (folder / "ours_wrong.py").write_text(PAGE % "outputs.out[1, 40, 1, 3] += 100")
-    (folder / "ours_slow.py").write_text(PAGE % "time.sleep(0.02)")
+    (folder / "ours_slow.py").write_text(PAGE % "time.sleep(0.1)")
     (folder / "ours_crash.py").write_text(PAGE % "CALLS.append(0); len(CALLS) > 9 and os.abort()")
     (folder / "ours_greedy.py").write_text(PAGE % "take_it_all()")
     return folder

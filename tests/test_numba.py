@@ -57,7 +57,7 @@ def test_every_tensor_is_right_by_the_rule_and_repeats(worker, tmp_path, inner_m
 
 
 def _check(worker: Worker, entry: Any, case: Case, problem: Problem, folder: Path) -> Any:
-    return worker.call(jobs.check, entry, case, problem, 0, "cpu", folder, timeout=120.0)
+    return worker.call(jobs.check, entry, case, problem, "cpu", folder, timeout=120.0)
 
 
 @runs

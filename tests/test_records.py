@@ -16,7 +16,8 @@ WHENCE["fingerprint"] = "0123456789ab"
 SCHEMA = {  # as in docs: the order of the columns, written out once more on purpose
     ParityRow: "run_id implementation inner_model case batch tokens heads head_dim mini_batch causal dtype "
     "matmul_precision seed tensor status reason max_error rms_error yardstick_max_error yardstick_rms_error "
-    "error_ratio worst_index device truth diverging_mini_batch source_hash git_sha versions started_at fingerprint",
+    "error_ratio worst_index device truth diverging_mini_batch source_hash git_sha versions started_at fingerprint "
+    "first_call_s",
     SweepRow: "run_id implementation inner_model case pass batch tokens heads head_dim mini_batch causal dtype "
     "matmul_precision status reason cache device_ms device_ms_p20 device_ms_p80 host_ms first_call_s samples timer "
     "peak_memory_bytes flops bytes_min roofline_ms roofline_fraction launches error_ratio gpu driver cuda "

@@ -7,15 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from harness import check as checks
 from harness import rule
-from harness.check import TensorCheck, _compare_one
+from harness.check import TensorCheck
 from spec.cases import CASES
 from spec.problem import DTYPES
 
 CASE = CASES["size-d16"]
 PROBLEM = CASE.problem("linear", "fp32")  # 4 mini-batches
 YARDSTICK = TensorCheck("out", 4e-6, 1e-6, (0, 1, 0, 2), 4096)
+
+
+def _compare_one(tensor: str, *arrays: np.ndarray) -> TensorCheck:
+    found, true, scale = map(torch.from_numpy, arrays)
+    return checks._compare_one(tensor, found, true, PROBLEM, scale)
 
 
 def check(**changes) -> TensorCheck:
@@ -116,7 +123,7 @@ def test_the_floor_widens_for_one_number_and_where_the_case_amplifies():
 @pytest.mark.parametrize(("count", "values"), [(1, [1, 0, 0, 0]), (4, [1, -1, 1, -1]), (0, [0, 0, 0, 0])])
 def test_one_value_that_dwarfs_the_others_counts_alone(count, values):
     scale = np.array(values, float)
-    assert _compare_one("d_token_eta", scale, scale, PROBLEM, scale).count == pytest.approx(count)
+    assert _compare_one("d_token_eta", scale, scale, scale).count == pytest.approx(count)
 
 
 @pytest.mark.parametrize(("tensor", "first"), [("out", 1), ("d_xq", 2)])
@@ -136,12 +143,12 @@ def test_an_error_over_rms_alone_diverges_nowhere():
 def test_a_truth_of_zero_is_measured_absolutely():
     shape = (PROBLEM.batch, PROBLEM.tokens, PROBLEM.heads, PROBLEM.head_dim)
     zeros = np.zeros(shape, np.float32)
-    right = _compare_one("d_xv", zeros, zeros.astype(np.float64), PROBLEM, zeros)
+    right = _compare_one("d_xv", zeros, zeros.astype(np.float64), zeros)
     assert (right.max_error, right.rms_error, right.count) == (0, 0, 0)
     assert judge(right, right).reason is None and judge(right, None).reason is None
     spoiled = zeros.copy()
     spoiled[1, 50, 0, 7] = 1e-3
-    wrong = _compare_one("d_xv", spoiled, zeros.astype(np.float64), PROBLEM, zeros)
+    wrong = _compare_one("d_xv", spoiled, zeros.astype(np.float64), zeros)
     assert wrong.max_error == pytest.approx(1e-3) and wrong.worst_index == (1, 50, 0, 7)
     verdict = judge(wrong, right)
     assert verdict.reason.endswith("worst at (1, 50, 0, 7), diverges in mini-batch 3 of 4")
@@ -150,7 +157,7 @@ def test_a_truth_of_zero_is_measured_absolutely():
 def test_errors_are_relative_to_the_scale_given():
     shape = (PROBLEM.batch, PROBLEM.tokens, PROBLEM.heads, PROBLEM.head_dim)
     base, true = np.ones(shape, np.float32), np.full(shape, 1.001)
-    found = _compare_one("out", base, true, PROBLEM, true - base)
+    found = _compare_one("out", base, true, true - base)
     assert found.max_error == pytest.approx(1) and found.rms_error == pytest.approx(1)
 
 
@@ -159,5 +166,5 @@ def test_one_element_that_is_not_finite_fails(value):
     shape = (PROBLEM.batch, PROBLEM.tokens, PROBLEM.heads, PROBLEM.head_dim)
     found, true = np.ones(shape, np.float32), np.ones(shape)
     found[0, 63, 1, 15] = value
-    verdict = judge(_compare_one("out", found, true, PROBLEM, true))
+    verdict = judge(_compare_one("out", found, true, true))
     assert verdict == rule.Verdict(None, "out: 1 elements are not finite, the first at (0, 63, 1, 15)")

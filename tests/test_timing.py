@@ -11,14 +11,14 @@ from typing import ClassVar
 
 import pytest
 
-from harness import ceilings, device_clock, gpu_state, jobs, sweep, timing
+from harness import ceilings, device_clock, gpu_state, jobs, sweep
 from harness.device_clock import CuptiClock, HostClock, Times, open_clock
 from harness.frameworks import Unsupported, open_framework
 from harness.rows import SampleRow
 from harness.timing import Block, Ready, Stand, Subject
 from harness.worker import Failure
 from implementations.registry import implementations
-from spec.cases import CASES
+from spec.cases import CASES, draw
 from spec.cost import bytes_min, flops
 from tests.test_records import sweep_row
 
@@ -133,7 +133,7 @@ def test_the_hosts_clock_waits_for_the_result():
 @pytest.mark.parametrize("key", ["torch.eager", "jax.scan"])
 def test_a_stand_times_every_pass_in_any_order(key):
     entry = implementations()[key]
-    stand = Stand(Subject(entry, CASE, PROBLEM, 0, "cpu"), open_framework(entry.framework, "cpu"))
+    stand = Stand(Subject(entry, CASE, PROBLEM, 0, "cpu"), open_framework(entry.framework, "cpu"), draw(CASE, PROBLEM))
     forward = stand.ready("forward")
     both = stand.ready("forward_backward")
     backward = stand.ready("backward")
@@ -147,9 +147,9 @@ def test_a_stand_times_every_pass_in_any_order(key):
 
 def test_cold_calls_rotate_over_more_than_three_times_the_l2_cache(monkeypatch):
     entry, framework = implementations()["torch.eager"], open_framework("torch", "cpu")
-    one_set = sum(x.nbytes for x in timing.draw(CASE, PROBLEM, 0)[0])
+    one_set = sum(x.nbytes for x in draw(CASE, PROBLEM)[0])
     monkeypatch.setattr(framework, "l2_bytes", lambda: 2 * one_set)
-    stand = Stand(replace_device(Subject(entry, CASE, PROBLEM, 0, "cpu")), framework)
+    stand = Stand(replace_device(Subject(entry, CASE, PROBLEM, 0, "cpu")), framework, draw(CASE, PROBLEM))
     seen = []
     monkeypatch.setattr(stand, "_page", types.SimpleNamespace(forward=lambda given, problem: seen.append(id(given))))
     stand.ready("forward")
@@ -200,9 +200,10 @@ def test_a_row_is_the_median_of_all_blocks_and_keeps_every_sample():
         (0, 0, Block(Times([1.0, 2.0], 7, "7 x k"), [3.0, 3.0], state(1980.0))),
         (1, 0, Block(Times([3.0], 7, "7 x k"), [4.0], state(1200.0, "power cap"))),
     ]
-    row, samples = sweep._result(Cell(blocks), BLANK, "cold")
+    row, samples = sweep._result(Cell(blocks), BLANK, None, "cold")
     assert (row.status, row.device_ms, row.host_ms, row.timer, row.samples) == ("ok", 2.0, 3.0, "cupti", 3)
     assert (row.launches, row.kernels, row.processes, row.roofline_fraction) == (7, "7 x k", 2, 0.25)
+    assert row.first_call_s == 1.5 and sweep._result(Cell(blocks), BLANK, 9.0, "cold")[0].first_call_s == 9.0
     assert (row.throttled, row.throttle_reasons, row.sm_clock_mhz) == (True, "power cap", 1590.0)
     assert [(s.process, s.device_ms, s.host_ms) for s in samples] == [(0, 1.0, 3.0), (0, 2.0, 3.0), (1, 3.0, 4.0)]
     assert all(isinstance(s, SampleRow) and s.cache == "cold" for s in samples)
@@ -228,7 +229,7 @@ def test_every_process_takes_the_clock_of_the_first(cupti):
 
 
 @pytest.mark.parametrize(
-    ("call_ms", "launches", "calls"), [(1.0, 1, 20), (10.0, 1, 5), (1.0, 1000, 3), (900.0, 9999, 1)]
+    ("call_ms", "launches", "calls"), [(1.0, 1, 20), (5.0, 1, 4), (1.0, 1000, 3), (900.0, 9999, 1)]
 )
 def test_blocks_are_short_and_of_few_launches(call_ms, launches, calls):
     class Recorder(Cell):
@@ -238,18 +239,19 @@ def test_blocks_are_short_and_of_few_launches(call_ms, launches, calls):
             self.asked.append(count)
 
     subject = Recorder([])
+    subject.workers = [None] * 2
     subject.asked.clear()
     subject.ready = [Ready(1.0, call_ms, "cupti", Times([1.0], launches, ""), None)]
     for round_ in range(sweep.ROUNDS[1]):
         sweep._block(subject, 0, round_, "forward", "cold")
     assert set(subject.asked) == {calls}
-    assert len(subject.asked) == (2 if call_ms > 100 else 5)
+    assert len(subject.asked) == (1 if call_ms > 100 else 3)
 
 
 def test_a_failure_has_no_time():
     cell = Cell([(0, 0, Block(Times([1.0]), [1.0], None))])
     cell.failure = Failure("oom", "80 GiB")
-    row, samples = sweep._result(cell, BLANK, "cold")
+    row, samples = sweep._result(cell, BLANK, 9.0, "cold")
     assert (row.status, row.reason, row.device_ms, samples) == ("oom", "80 GiB", None, [])
 
 

@@ -24,6 +24,7 @@ from spec.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAIN = implementations()["triton.chain"]
+SPLIT = implementations()["triton.split"]
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -39,14 +40,25 @@ CELLS = [
 ]
 
 
+# Of chunks of several mini-batches and of one, of segments (4096 tokens, so never two here: see below).
+SPLIT_CELLS = [
+    (replace(CASES["stress-strided"], tokens=64, heads=1), "bf16"),  # one chunk of four mini-batches
+    (replace(CASES["stress-not-causal"], tokens=32, batch=1, heads=1), "fp16"),  # chunks of two
+    (replace(CASES["stress-not-causal"], tokens=128, batch=1, heads=1, mini_batch=64), "bf16"),  # of one, which reads what it wrote
+    (replace(CASES["size-d96-m32"], heads=1, tokens=64), "fp32"),
+    (replace(CASES["stress-near-constant-rows"], batch=1, heads=1, tokens=64), "fp32"),
+]
+
+
 @needs_triton
-def test_parity_with_the_oracle():
-    cells = [Cell(CHAIN, case, case.problem("linear", dtype), CHAIN.passes) for case, dtype in CELLS]
+@pytest.mark.parametrize("entry, chosen", [(CHAIN, CELLS), (SPLIT, SPLIT_CELLS)], ids=["chain", "split"])
+def test_parity_with_the_oracle(entry, chosen):
+    cells = [Cell(entry, case, case.problem("linear", dtype), entry.passes) for case, dtype in chosen]
     found = {}
     settings = parity.Settings(environment.stamp("cpu", "test"))
     for cell, rows in parity.run(parity.with_yardstick(cells), settings):
-        if cell.entry is CHAIN:
-            found[cell.case.name] = [(row.tensor, row.status, row.reason) for row in rows]
+        if cell.entry is entry:
+            found[cell.case] = [(row.tensor, row.status, row.reason) for row in rows]
     assert len(found) == len(cells)
     assert all(len(rows) == 12 for rows in found.values()), found
     assert not [row for rows in found.values() for row in rows if row[1] != "ok"]
@@ -94,6 +106,53 @@ for group in (1, 3, 16):
     print(tuple(residuals.saved_w1.shape), all(torch.equal(x, y) for x, y in zip(results[0], results[-1])))
 """
     assert interpreted(code) == [f"(1, 1, {groups}, 16, 16) True" for groups in (4, 2, 1)]
+
+
+@needs_triton
+def test_segments_of_the_split_change_little():
+    """The state between two segments is rounded once, to fp32; chunks of other sizes sum in another order."""
+    code = """
+from implementations.triton import split_linear as page
+results = []
+for group in (4, 2, 3):
+    outputs, residuals = page.forward(inputs, problem, group)
+    results.append((*outputs, *page.backward(cotangents, residuals, problem)))
+    near = all((x - y).abs().max() <= 1e-5 * y.abs().max() for x, y in zip(results[-1], results[0]))
+    print(tuple(residuals.saved_w1.shape), near)
+"""
+    assert interpreted(code) == [f"({segments}, 1, 1, 16, 16) True" for segments in (0, 1, 1)]
+
+
+@needs_triton
+def test_the_function_is_one_operator_to_pytorch():
+    code = """
+from implementations.torch.function import ttt as eager
+from implementations.triton import function
+
+def gradients(ttt, weigh):
+    leaves = type(inputs)(*(x.clone().requires_grad_() for x in inputs))
+    return torch.autograd.grad(weigh(ttt(leaves, problem)), leaves)
+
+def close(found, expected):
+    return all((x - y).abs().max() <= 1e-4 * y.abs().max() for x, y in zip(found, expected))
+
+everything = lambda outputs: sum((x * y).sum() for x, y in zip(outputs, cotangents))
+print(close(gradients(function.ttt, everything), gradients(eager, everything)))
+compiled = torch.compile(function.ttt, fullgraph=True, backend="aot_eager")
+of_out = lambda outputs: outputs.out.sum()  # its cotangent is one number, expanded; the states have none
+print(close(gradients(compiled, of_out), gradients(eager, of_out)))
+leaves = [x.clone().requires_grad_() for x in inputs]
+report = torch.library.opcheck(function._forward, (leaves, "linear", *function._setting(problem)))
+print(set(report.values()))
+refused(function.ttt, inputs._replace(xv=inputs.xv.bfloat16()), problem)
+refused(function.ttt, inputs._replace(w1=inputs.w1.mT), problem)
+refused(function.ttt, inputs, case.problem("linear", "fp64"))
+"""
+    eager, compiled, report, dtype, transposed, fp64 = interpreted(code)
+    assert (eager, compiled, report) == ("True", "True", "{'SUCCESS'}")
+    assert dtype == "xv: expected float32, got bfloat16"
+    assert transposed.startswith("w1: expected a contiguous tensor")
+    assert fp64 == "dtype: expected one of fp32, bf16, fp16, got fp64: use torch.eager"
 
 
 @needs_triton

@@ -21,6 +21,7 @@ from spec.problem import Problem
 pytest.importorskip("triton")
 
 PAGE = "implementations.triton.ttt_mlp"
+OFFCHAIN = "implementations.triton.ttt_mlp_offchain"
 ENTRY = Implementation(
     "triton.mlp_dev", "torch", {"mlp": PAGE}, ("fp32", "bf16", "fp16"), supports=supports, kernels=PAGE
 )
@@ -40,7 +41,7 @@ def wrong(worker: Worker, case: Case, dtype: str, folder, page: str = PAGE) -> l
     entry = replace(ENTRY, pages={"mlp": page})
     worker.call(jobs.save_truth, case, problem, 0, "cpu", folder, timeout=250.0)
     checks, yardstick = (
-        worker.call(jobs.check, each, case, problem, 0, "cpu", folder, timeout=250.0)
+        worker.call(jobs.check, each, case, problem, "cpu", folder, timeout=250.0)
         for each in (entry, implementations()[rule.YARDSTICK])
     )
     assert len(checks) == 16
@@ -64,6 +65,43 @@ def wrong(worker: Worker, case: Case, dtype: str, folder, page: str = PAGE) -> l
 )
 def test_right_against_the_oracle(worker, dtype, changes, tmp_path):
     assert wrong(worker, replace(BASE, **changes), dtype, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "dtype, changes",
+    [
+        ("bf16", {"heads": 2, "tokens": 64, "strided": True}),  # one chunk of four mini-batches
+        ("bf16", {"tokens": 96, "causal": False}),  # three chunks of two
+        ("fp16", {"tokens": 16}),
+        ("bf16", {"tokens": 64, "mini_batch": 64}),  # in two blocks
+    ],
+    ids=str,
+)
+def test_offchain_is_right_against_the_oracle(worker, dtype, changes, tmp_path):
+    assert wrong(worker, replace(BASE, **changes), dtype, tmp_path, OFFCHAIN) == []
+
+
+def equal_for_all_groups_offchain() -> list[str]:
+    """As `equal_for_all_groups`."""
+    import torch
+
+    from implementations.triton import ttt_mlp_offchain as page
+    from spec.cases import draw
+
+    case = replace(BASE, tokens=80)
+    problem = case.problem("mlp", "fp16")
+    inputs, cotangents = (type(x)(*map(torch.from_numpy, x)) for x in draw(case, problem))
+    found = []
+    for group in (1, 2, 5):
+        outputs, residuals = page.forward(inputs, problem, group)
+        assert sum(x.nbytes for x in residuals.saved) / 80 == page.saved_bytes(problem, group)
+        gradients = page.backward(cotangents, residuals, problem)
+        found.append(outputs._asdict() | {f"d_{name}": x for name, x in gradients._asdict().items()})
+    return [name for name, x in found[0].items() if any(not torch.equal(x, other[name]) for other in found[1:])]
+
+
+def test_offchain_the_group_changes_no_bit(worker):
+    assert worker.call(equal_for_all_groups_offchain, timeout=250.0) == []
 
 
 def equal_for_all_groups() -> list[str]:

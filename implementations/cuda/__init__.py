@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from implementations.cuda.linear_split_limits import limit as linear_split_limit
+from implementations.cuda.mlp_registers_limits import limit as mlp_registers_limit
 from implementations.cuda.plain_limits import limit as plain_limit
 from implementations.registry import Implementation
 from spec.cost import flops
@@ -88,5 +89,11 @@ ENTRIES = (
         {"linear": "implementations.cuda.cupy_linear_split"},
         linear_split_limit,
         "implementations.cuda.cupy_linear_split",
+    ),
+    _cupy(
+        "cuda.cupy_mlp_registers",
+        {"mlp": "implementations.cuda.cupy_mlp_registers"},
+        mlp_registers_limit,
+        "implementations.cuda.cupy_mlp_registers",
     ),
 )

@@ -121,15 +121,20 @@ def forward(
     _check_aligned(xq=inputs.xq, xk=inputs.xk, xv=inputs.xv)
     if group < 1:
         raise ValueError(f"group: expected at least 1 mini-batch between saved states, got {group}")
-    b, h, d = problem.batch, problem.heads, problem.head_dim
     outputs = LinearOutputs(*map(contiguous_like, (inputs.xq, *inputs[7:])))
-    saved = inputs.w1.new_empty(b, h, -(-problem.mini_batches // group), d * (d + 1))
+    residuals = empty_residuals(inputs, problem, group)
     arguments = ForwardArguments(
-        *map(view, inputs[:4]), *inputs[4:], view(outputs.out), *outputs[1:], saved,
-        h, problem.mini_batches, group, problem.eps,
+        *map(view, inputs[:4]), *inputs[4:], view(outputs.out), *outputs[1:], residuals.saved,
+        problem.heads, problem.mini_batches, group, problem.eps,
     )  # fmt: skip
-    launch(_forward_kernel(problem, ring), b * h, arguments, inputs.xq.device, problem)
-    return outputs, Residuals(inputs, saved, group)
+    launch(_forward_kernel(problem, ring), problem.batch * problem.heads, arguments, inputs.xq.device, problem)
+    return outputs, residuals
+
+
+def empty_residuals(inputs: LinearInputs, problem: Problem, group: int = GROUP) -> Residuals:
+    """Residuals with room for the saved states and nothing in it yet."""
+    states, d = -(-problem.mini_batches // group), problem.head_dim
+    return Residuals(inputs, inputs.w1.new_empty(problem.batch, problem.heads, states, d * (d + 1)), group)
 
 
 def backward(
@@ -151,7 +156,8 @@ def backward(
     scratch = empty(b * h, group + 1, kept_bytes(problem) // 4)
     arguments = BackwardArguments(
         *map(view, inputs[:4]), *inputs[4:7], saved, view(cotangents.out), *cotangents[1:],
-        *map(view, d_tokens), *parts, d_w1, d_b1, empty(b * h, d * (d + 1)), scratch, h, problem.mini_batches, group, problem.eps,
+        *map(view, d_tokens), *parts, d_w1, d_b1, empty(b * h, d * (d + 1)), scratch,
+        h, problem.mini_batches, group, problem.eps,
     )  # fmt: skip
     launch(_backward_kernel(problem, rings), b * h, arguments, inputs.xq.device, problem)
     # Over chains and over the batch, always in the same order.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor
 
 from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, default_group, view
-from implementations.cuda.module import launch
+from implementations.cuda.module import launch, shared_bytes
 from implementations.cuda.plain_limits import limit
 from implementations.kernels import CudaKernel
 from spec.problem import InnerModel, Problem
 from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs
 
 THREADS = 256
-SHARED_BYTES = 99 * 1024  # what a block may have on every card from sm_80 on; the kernels count with the same
+LEAST_SHARED = 99 * 1024  # bytes that a block may have on every card from sm_80 on
+SHARED = {("sm_80",): 163 * 1024, ("sm_90", "sm_100"): 227 * 1024}
 OPTIONS = ("--device-as-default-execution-space",)  # of lambdas in lambdas
 
 State = tuple[Tensor, ...]  # w1, b1 and for mlp w2, b2
@@ -62,28 +64,37 @@ class Page:
     inner_model: InnerModel
     tile_floats: Callable[[Problem, bool], int]
 
-    def kernel(self, problem: Problem, backward: bool) -> CudaKernel:
-        """The forward or the backward kernel for `problem`."""
+    def kernel(self, problem: Problem, backward: bool, room: int = LEAST_SHARED) -> CudaKernel:
+        """The forward or the backward kernel for `problem`, where a block may have `room` bytes of shared memory."""
         causal = "true" if problem.causal else "false"
         sizes = f"{KERNEL_DTYPE[problem.dtype]}, {problem.head_dim}, {problem.mini_batch}, {causal}"
+        shared = min(room, 4 * self.tile_floats(problem, backward))
         return CudaKernel(
             source=Path(__file__).parent / "kernels" / f"plain_{self.inner_model}.cu",
             expression=f"ttt::plain::{self.inner_model}_{'backward' if backward else 'forward'}<{sizes}>",
             inner_model=self.inner_model,
-            options=OPTIONS,
+            options=(*OPTIONS, f"-DTTT_SHARED_BYTES={shared}"),
             threads=THREADS,
-            dynamic_shared_bytes=min(SHARED_BYTES, 4 * self.tile_floats(problem, backward)),
+            dynamic_shared_bytes=shared,
         )
+
+    def static_kernels(self) -> Iterator[CudaKernel]:
+        """Both kernels in bf16 at D = 64, as A100 and H100 launch them: M = 16 causal, and M = 64 not causal."""
+        for (mini_batch, causal), backward in product(((16, True), (64, False)), (False, True)):
+            problem = Problem(self.inner_model, 1, mini_batch, 1, 64, mini_batch, causal, dtype="bf16")
+            each = {self.kernel(problem, backward, room): cards for cards, room in SHARED.items()}
+            yield from each if len(each) == 1 else (replace(x, architectures=cards) for x, cards in each.items())
 
     def forward(self, inputs: Any, problem: Problem, group: int | None) -> tuple[Any, Residuals]:
         """Outputs, and the residuals with every `group`-th state."""
         check(inputs, INPUTS, problem, limit(problem))
-        group = default_group(problem) if group is None else group
+        if group is not None and group < 1:
+            raise ValueError(f"group: expected at least 1 mini-batch, got {group}")
         outputs = OUTPUTS[self.inner_model](*map(contiguous_like, (inputs.xq, *inputs[7:])))
-        kept = _states(inputs, problem, -(-problem.mini_batches // group))
-        arguments = self._shared(inputs, problem, group, False), inputs[7:], kept, outputs[1:], outputs.out
-        self._launch(problem, False, arguments, inputs.xq)
-        return outputs, Residuals(inputs, kept, group)
+        residuals = empty_residuals(inputs, problem, group)
+        shared = self._shared(inputs, problem, residuals.group, False)
+        self._launch(problem, False, (shared, inputs[7:], residuals.kept, outputs[1:], outputs.out), inputs.xq)
+        return outputs, residuals
 
     def backward(self, cotangents: Outputs, residuals: Residuals, problem: Problem) -> Any:
         """Gradients of every input."""
@@ -98,14 +109,22 @@ class Page:
         return INPUTS[self.inner_model](*d_tokens, *_finish_sums(sums, problem), *d_first)
 
     def _shared(self, inputs: Inputs, problem: Problem, group: int, backward: bool) -> Shared:
-        size = self.tile_floats(problem, backward)  # more than what does not fit into shared memory
-        scratch = inputs.w1.new_empty(problem.batch * problem.heads, size if 4 * size > SHARED_BYTES else 0)
+        size = self.tile_floats(problem, backward)  # more than what has no place in shared memory
+        fits = 4 * size <= shared_bytes(inputs.w1.device)
+        scratch = inputs.w1.new_empty(problem.batch * problem.heads, 0 if fits else size)
         groups = -(-problem.mini_batches // group)
         counts = problem.heads, problem.mini_batches, group, groups
         return Shared(*map(view, inputs[:4]), *inputs[4:7], *counts, problem.eps, scratch, size)
 
     def _launch(self, problem: Problem, backward: bool, arguments: tuple[Any, ...], like: Tensor) -> None:
-        launch(self.kernel(problem, backward), problem.batch * problem.heads, arguments, like.device, problem)
+        kernel = self.kernel(problem, backward, shared_bytes(like.device))
+        launch(kernel, problem.batch * problem.heads, arguments, like.device, problem)
+
+
+def empty_residuals(inputs: Inputs, problem: Problem, group: int | None = None) -> Residuals:
+    """Residuals with room for the kept states and nothing in it yet."""
+    group = group or default_group(problem)
+    return Residuals(inputs, _states(inputs, problem, -(-problem.mini_batches // group)), group)
 
 
 def _states(inputs: Inputs, problem: Problem, count: int) -> State:

@@ -78,6 +78,14 @@ def refusal(kernel: CudaKernel, device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
+def shared_bytes(device: torch.device | None) -> int:
+    """The shared memory that a block may have on `device`; for a CPU or None, that of the largest SM there is."""
+    if device is None or device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 @functools.cache  # what is installed does not change
 def fault() -> str | None:
     """Why no CUDA kernel can be launched on a GPU here, in a line, or None."""
@@ -103,14 +111,19 @@ def _least(architectures: tuple[str, ...]) -> int:
 
 def _launch_on_gpu(kernel: CudaKernel, grid: int, values: bytes, device: torch.device) -> None:
     import cupy
-    import numpy
 
     index = torch.cuda.current_device() if device.index is None else device.index
     with cupy.cuda.Device(index):
         function = _function(kernel, index)
         with cupy.cuda.ExternalStream(torch.cuda.current_stream(index).cuda_stream, index):
-            by_value = numpy.frombuffer(values, numpy.dtype((numpy.void, len(values))))  # one item: CuPy passes no more
-            function((grid,), (kernel.threads,), (by_value,), shared_mem=kernel.dynamic_shared_bytes)
+            function((grid,), (kernel.threads,), (by_value(values),), shared_mem=kernel.dynamic_shared_bytes)
+
+
+def by_value(struct_bytes: bytes) -> Any:
+    """A struct as CuPy passes one: a NumPy array of one item."""
+    import numpy
+
+    return numpy.frombuffer(struct_bytes, numpy.dtype((numpy.void, len(struct_bytes))))
 
 
 @functools.cache

@@ -7,12 +7,20 @@ they are those in front of one more mini-batch, of zeros, whose output is thrown
 
 Only the last row of eta is read, so the gradient of the other entries of token_eta is 0, as the spec has it. The
 copies between B T H D and its own layout, the extra mini-batch and the buffers are part of every time measured here.
+
+Its wheel brings the driver's library of version 550 along. The installed driver's is loaded for everybody before it, so
+that its tensor maps are made by the driver that runs; else they fail unseen ("initialization error" on its standard
+error), and its kernels end in an illegal instruction.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from typing import NamedTuple
 
+with contextlib.suppress(OSError):  # without a driver there is no GPU to run on either
+    ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
 import test_time_training
 import torch
 from torch import Tensor

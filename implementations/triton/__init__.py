@@ -2,6 +2,7 @@
 
 from implementations.registry import Implementation
 from implementations.triton.limits import DTYPES, limit
+from implementations.triton.mlp_limits import offchain_limit
 from implementations.triton.mlp_limits import supports as mlp_limit
 from spec.problem import Problem
 
@@ -23,5 +24,33 @@ ENTRIES = (
         kernels="implementations.triton.ttt_linear",
         timed_on=("cuda",),
     ),
-    Implementation("triton.best", "torch", _BOTH, dtypes=DTYPES, supports=lambda problem: "not written yet"),
+    Implementation(
+        "triton.split",
+        "torch",
+        {"linear": "implementations.triton.split_linear"},
+        dtypes=DTYPES,
+        requires=("triton",),
+        supports=limit,
+        kernels="implementations.triton.split_linear",
+        timed_on=("cuda",),
+    ),
+    Implementation(
+        "triton.offchain",
+        "torch",
+        {"mlp": "implementations.triton.ttt_mlp_offchain"},
+        dtypes=("bf16", "fp16"),
+        requires=("triton",),
+        supports=offchain_limit,
+        kernels="implementations.triton.ttt_mlp_offchain",
+        timed_on=("cuda",),
+    ),
+    Implementation(
+        "triton.best",
+        "torch",
+        {"linear": "implementations.triton.best_linear", "mlp": "implementations.triton.ttt_mlp"},
+        dtypes=DTYPES,
+        requires=("triton",),
+        supports=_limit,
+        timed_on=("cuda",),
+    ),
 )

@@ -18,7 +18,8 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _SCALE = tl.constexpr(2 * math.sqrt(2 / math.pi))
-_CUBIC = tl.constexpr(0.044715)
+_EXPONENT = tl.constexpr(-2 * math.sqrt(2 / math.pi) / math.log(2))
+_EXPONENT_CUBIC = tl.constexpr(-0.08943 * math.sqrt(2 / math.pi) / math.log(2))
 _SLOPE = tl.constexpr(3 * 0.044715)
 _BEND = tl.constexpr(12 * 0.044715 * math.sqrt(2 / math.pi))
 
@@ -165,13 +166,29 @@ def copy_record(
 
 
 @triton.jit
+def _exp2(x):
+    """2^x, two ulps off, in one instruction."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x, one ulp off, in one instruction."""
+    if INTERPRETED:
+        return 1 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _sigmoids(z):
     """sigmoid(v), sigmoid(-v): one exponential, and neither cancels nor overflows."""
-    v = (z + z * z * z * _CUBIC) * _SCALE
-    small = tl.exp(-tl.abs(v))
-    larger = 1 / (1 + small)
-    smaller = small * larger
-    return tl.where(v >= 0, larger, smaller), tl.where(v >= 0, smaller, larger)
+    e = _exp2(tl.minimum((z * z * _EXPONENT_CUBIC + _EXPONENT) * z, 120.0))  # exp(-v)
+    s = _reciprocal(1 + e)
+    return s, e * s
 
 
 @triton.jit

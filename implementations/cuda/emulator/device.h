@@ -335,7 +335,8 @@ inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 inline float to_float(fp16 x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
-    if (rest >= 0x0f800000) return __uint_as_float(sign | 0x70000000 | rest);  // infinity, NaN
+    if (rest > 0x0f800000) return __uint_as_float(0x7fffffff);  // NaN
+    if (rest == 0x0f800000) return __uint_as_float(sign | 0x7f800000);
     return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest) * 0x1p112f));  // scaled: subnormals too
 }
 

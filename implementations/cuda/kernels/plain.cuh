@@ -7,7 +7,7 @@ namespace ttt {
 namespace plain {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int SHARED_FLOATS = 99 * 1024 / 4;  // what a block may have on every card from sm_80 on
+constexpr int SHARED_FLOATS = TTT_SHARED_BYTES / 4;  // as many as the card has, or all tiles need
 
 // A tensor with a token axis, any strides, D innermost.
 template <typename T> struct View {

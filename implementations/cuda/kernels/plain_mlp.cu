@@ -5,8 +5,8 @@
 //     h1 = lr * g_z1 = (h2 w2^T) * gelu'(z1) = u * gelu'(z1)
 //     z1_bar = xq w1 + b1 - eta_i (tril(xq xk^T) + tril(1)) h1,        w1' = w1 - eta_last xk^T h1
 //     z2_bar = x2_bar w2 + b2 - eta_i (tril(x2_bar x2^T) + tril(1)) h2,  w2' = w2 - eta_last x2^T h2
-// Without causality there is no tril, and eta_last is every eta_i. Most of the 8 D (D + 1) fast weights and of the tiles
-// [M F] do not fit into shared memory: they lie in the chain's scratch, in the L2 cache, and that is what bounds this.
+// Without causality there is no tril, and eta_last is every eta_i. What does not fit into shared memory of the
+// 8 D (D + 1) fast weights, their cotangents and the tiles [M F] lies in the chain's scratch, in the L2 cache.
 #include "plain.cuh"
 
 namespace ttt {
@@ -68,14 +68,13 @@ template <int D, int M> struct Tiles {
     static constexpr int F = 4 * D;
     Tile<D> xk, h2, z2, xq, target;
     Tile<M> attn;
-    Tile<F> x2, h1, x2_bar, z1;
-    Tile<D> w2;
-    Tile<F> w1;
+    Tile<D> w2;  // the weights before the tiles [M F]: they are read by columns too, which only shared memory does well
+    Tile<F> w1, x2, h1, x2_bar, z1;
     float *b1, *b2;
     TTT_INLINE explicit Tiles(Arena& arena)
         : xk(arena.tile<M, D>()), h2(arena.tile<M, D>()), z2(arena.tile<M, D>()), xq(arena.tile<M, D>()),
-          target(arena.tile<M, D>()), attn(arena.tile<M, M>()), x2(arena.tile<M, F>()), h1(arena.tile<M, F>()),
-          x2_bar(arena.tile<M, F>()), z1(arena.tile<M, F>()), w2(arena.tile<F, D>()), w1(arena.tile<D, F>()),
+          target(arena.tile<M, D>()), attn(arena.tile<M, M>()), w2(arena.tile<F, D>()), w1(arena.tile<D, F>()),
+          x2(arena.tile<M, F>()), h1(arena.tile<M, F>()), x2_bar(arena.tile<M, F>()), z1(arena.tile<M, F>()),
           b1(arena.take(F)), b2(arena.take(D)) {}
 };
 
@@ -213,10 +212,10 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
     const auto attn1 = arena.tile<M, M>(), attn1_eta = arena.tile<M, M>(), d_attn1 = arena.tile<M, M>();
     const auto attn2_eta = arena.tile<M, M>(), d_attn2 = arena.tile<M, M>();
     const auto x_hat_bar = arena.tile<M, D>(), pulled2 = arena.tile<M, D>(), d_out = arena.tile<M, D>();
-    const auto d_z1_bar = arena.tile<M, F>(), d_z1 = arena.tile<M, F>(), d_u = arena.tile<M, F>();
-    const auto u = arena.tile<M, F>(), z1_bar = arena.tile<M, F>();
     const auto d_w2 = arena.tile<F, D>();
     const auto d_w1 = arena.tile<D, F>();
+    const auto d_z1_bar = arena.tile<M, F>(), d_z1 = arena.tile<M, F>(), d_u = arena.tile<M, F>();
+    const auto u = arena.tile<M, F>(), z1_bar = arena.tile<M, F>();
     float *d_b1 = arena.take(F), *d_b2 = arena.take(D), *rstd = arena.take(M);
 
     const Chain<T, D, M, CAUSAL> chain(a.in);

@@ -1,0 +1,253 @@
+"""TTT-MLP in CUDA C++ on tensor cores: one block a chain, the state of both passes in its registers.
+
+Forward (`kernels/mlp_forward.cu`): the fast weights, fp32, are accumulators of `mma.sync`: rounded as they lie they are
+operands of the products with xk and xq, so they never leave the registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, view
+from implementations.cuda.mlp_registers_limits import limit
+from implementations.cuda.module import launch
+from implementations.kernels import ARCHITECTURES, CudaKernel
+from spec.problem import Problem
+from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs
+
+KERNELS = Path(__file__).with_name("kernels")
+GROUP = 16  # mini-batches between two saved states
+
+
+class ForwardArguments(NamedTuple):
+    """As in `mlp_forward.cu`."""
+
+    xq: View
+    xk: View
+    xv: View
+    lr: View
+    token_eta: Tensor
+    ln_weight: Tensor
+    ln_bias: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    out: Tensor
+    final_w1: Tensor
+    final_b1: Tensor
+    final_w2: Tensor
+    final_b2: Tensor
+    saved: Tensor
+    x_hat: Tensor
+    x_hat_bar: Tensor
+    rstd: Tensor
+    rstd_bar: Tensor
+    heads: int
+    mini_batches: int
+    group: int
+    aligned: int
+    eps: float
+
+
+class BackwardArguments(NamedTuple):
+    """As in `mlp_backward.cu`."""
+
+    xq: View
+    xk: View
+    xv: View
+    lr: View
+    token_eta: Tensor
+    ln_weight: Tensor
+    ln_bias: Tensor
+    d_out: View
+    d_final_w1: Tensor
+    d_final_b1: Tensor
+    d_final_w2: Tensor
+    d_final_b2: Tensor
+    saved: Tensor
+    x_hat: Tensor
+    x_hat_bar: Tensor
+    rstd: Tensor
+    rstd_bar: Tensor
+    d_xq: Tensor
+    d_xk: Tensor
+    d_xv: Tensor
+    d_lr: Tensor
+    d_w1: Tensor
+    d_b1: Tensor
+    d_w2: Tensor
+    d_b2: Tensor
+    d_token_eta: Tensor
+    d_ln_weight: Tensor
+    d_ln_bias: Tensor
+    work: Tensor
+    work_size: int
+    heads: int
+    mini_batches: int
+    group: int
+    aligned: int
+    eps: float
+
+
+class Residuals(NamedTuple):
+    """The inputs; the fast weights of every `group`-th mini-batch; both LayerNorms; how both passes are cut."""
+
+    inputs: MlpInputs
+    saved: Tensor
+    x_hat: Tensor
+    x_hat_bar: Tensor
+    rstd: Tensor
+    rstd_bar: Tensor
+    group: int
+    split: int
+
+
+def forward(
+    inputs: MlpInputs, problem: Problem, group: int = GROUP, split: int | None = None
+) -> tuple[MlpOutputs, Residuals]:
+    """Outputs of TTT-MLP, and what `backward` needs; `split` blocks work on a chain, 1 or 2.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, device or layout than the kernel takes.
+    """
+    check(inputs, INPUTS, problem, limit(problem))
+    split = split or default_split(problem, inputs.xq.device)
+    chains, like = problem.batch * problem.heads, inputs.w1
+    groups = -(-problem.mini_batches // group)
+    saved = like.new_empty(chains, groups, 8 * problem.head_dim**2 + problem.hidden)
+    norms = [like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16) for _ in range(2)]
+    norms += [like.new_empty(chains, problem.tokens) for _ in range(2)]
+    outputs = MlpOutputs(contiguous_like(inputs.xq), *map(contiguous_like, inputs[7:]))
+    arguments = ForwardArguments(
+        *map(view, inputs[:4]), *inputs[4:], *outputs, saved, *norms,
+        problem.heads, problem.mini_batches, group, int(all(map(aligned, inputs[:3]))), problem.eps,
+    )  # fmt: skip
+    launch(forward_kernel(problem, split), chains * split, arguments, like.device, problem)
+    return outputs, Residuals(inputs, saved, *norms, group, split)
+
+
+def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> MlpInputs:
+    """Gradients of every input, from the cotangents of the output and of the final state.
+
+    Raises:
+        ValueError: a cotangent has another shape, dtype, device or layout than the kernel takes.
+    """
+    inputs, *kept, group, split = residuals
+    check(cotangents, OUTPUTS, problem, limit(problem), inputs.xq)
+    b, h, d, m = problem.batch, problem.heads, problem.head_dim, problem.mini_batch
+    like, size = inputs.w1, work_bytes(problem, group, split)
+    d_tokens, d_state = list(map(contiguous_like, inputs[:4])), list(map(contiguous_like, inputs[7:]))
+    d_token_eta, d_ln_weight, d_ln_bias = (
+        like.new_empty(shape) for shape in ((b * h * split, m), (b, h, d), (b, h, d))
+    )
+    work = like.new_empty(b * h * split, size, dtype=torch.uint8)
+    arguments = BackwardArguments(
+        *map(view, inputs[:4]), *inputs[4:7], view(cotangents.out), *cotangents[1:], *kept,
+        *d_tokens, *d_state, d_token_eta, d_ln_weight, d_ln_bias, work, size,
+        h, problem.mini_batches, group, int(all(map(aligned, (*inputs[:3], cotangents.out)))), problem.eps,
+    )  # fmt: skip
+    launch(backward_kernel(problem, split), b * h * split, arguments, like.device, problem)
+    return MlpInputs(*d_tokens, d_token_eta.sum(0), d_ln_weight.sum(0), d_ln_bias.sum(0), *d_state)
+
+
+def default_split(problem: Problem, device: torch.device) -> int:
+    """Two blocks a chain where every chain can have two multiprocessors."""
+    if device.type != "cuda":
+        return 1
+    properties = torch.cuda.get_device_properties(device)
+    room = 2 * problem.batch * problem.heads <= properties.multi_processor_count
+    return 2 if room and properties.major >= 9 else 1
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+
+
+def work_bytes(problem: Problem, group: int, split: int) -> int:
+    """Global memory of a block in the backward: `Work` in `mlp_backward.cu`, and `group + 1` rounded states."""
+    d, m = problem.head_dim, problem.mini_batch
+    chunks, warps = m // 16, d // 8
+    fixed = 32 * d * d // split + 4 * m * d
+    fixed += 7 * chunks * warps * 1024 // split + chunks * (chunks + 1) // 2 * warps * 512
+    return fixed + (group + 1) * (16 * d * d + 16 * d) // split
+
+
+def kernels(problem: Problem) -> tuple[CudaKernel, CudaKernel]:
+    """What both passes launch where one block has a chain."""
+    return forward_kernel(problem), backward_kernel(problem)
+
+
+def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
+    """The instance that solves `problem`."""
+    d, m = problem.head_dim, problem.mini_batch
+    row, chunks, warps = d + 8, m // 16, d // 8
+    if chunks == 1:  # `ShortShared` in `mlp_forward_short.cu`
+        shared = 11 * m * row * 2 + 2 * warps * 16 * row * 4 + (4 * 4 * d * 16 if split == 2 else 2 * 16)
+        shared += 4 * (4 * m + 4 * d // split + 2 * warps * d)
+        return _kernel(problem, "mlp_forward_short", shared, split)
+    squares = chunks * (chunks + 1) // 2 if problem.causal else 0
+    sums = 1 if split == 2 and chunks == 4 else 2
+    exchanged = chunks + (chunks + 1) // 2
+    shared = (  # `ForwardShared` in `mlp_forward.cu`
+        8 * m * row * 2
+        + sums * warps * 16 * row * 4
+        + (3 * exchanged * 4 * d * 16 if split == 2 else 3 * 16)
+        + 2 * chunks * warps * 1024 // split
+        + (squares + 1) * 512
+        + 4 * (3 * m + 4 * d // split + warps * d)
+    )
+    return _kernel(problem, "mlp_forward", shared, split)
+
+
+def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
+    """The instance that solves `problem`."""
+    d, m, causal = problem.head_dim, problem.mini_batch, problem.causal
+    row, chunks, warps = d + 8, m // 16, d // 8
+    stages, half = 2 if chunks < 4 else 1, (chunks + 1) // 2
+    squares = chunks * (chunks + 1) // 2 if causal else 0
+    ahead = causal and chunks == 1
+    room = {1: 7, 2: 6}.get(chunks, (4 if causal else 5) if split == 2 else (3 if causal else 4))
+    shared = (  # `BackwardShared` in `mlp_backward.cu`
+        (2 * stages + 3) * m * row * 2
+        + (8 * m * row * 2 + warps * (128 * d + 2048) // split if ahead else 64 + 32 * warps)
+        + (2 if chunks == 2 else 1) * warps * 16 * row * 4
+        + ((2 * chunks + 3 * half) * 4 * d * 16 + 8 * m if split == 2 else 64)
+        + min(7 if causal else 5, room) * chunks * warps * 1024 // split
+        + 2 * (squares + 1) * (1024 if chunks < 4 else 512)
+        + 4 * (3 * stages * m + m + 8 * d // split + warps * d + warps * m + m + 2 * (warps if causal else 1) * m)
+    )
+    return _kernel(problem, "mlp_backward", shared, split)
+
+
+# Bytes a thread that spill on the worst of the architectures, with one block a chain: half of its registers are state.
+_SPILLS = {"mlp_forward": 400, "mlp_forward_short": 200, "mlp_backward": 2400}
+
+
+def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
+    d, m, causal = problem.head_dim, problem.mini_batch, str(problem.causal).lower()
+    return CudaKernel(
+        source=KERNELS / f"{name}.cu",
+        expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {d}, {m}, {causal}>",
+        inner_model="mlp",
+        threads=4 * d,
+        options=(f"-DTTT_SPLIT={split}",),
+        dynamic_shared_bytes=-(-shared // 16) * 16,
+        declared_spill_bytes=_SPILLS[name],
+        cluster=split,
+        architectures=ARCHITECTURES if split == 1 else ARCHITECTURES[1:],
+    )
+
+
+def static_kernels() -> Iterator[CudaKernel]:
+    """The instances of the named cases in bf16."""
+    for mini_batch, causal, split in ((16, True, 1), (64, True, 1), (64, False, 1), (64, False, 2)):
+        problem = Problem("mlp", 1, mini_batch, 1, 64, mini_batch, causal, dtype="bf16")
+        yield forward_kernel(problem, split)
+        yield backward_kernel(problem, split)

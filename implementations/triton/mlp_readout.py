@@ -1,0 +1,236 @@
+"""TTT-MLP, the read-out: parallel over chunks of C tokens, forward and backward, from what the recurrence left behind.
+
+A chunk holds R = C / M mini-batches and reads the weights w1, b1, w2, b2 that it starts with. Those that its later
+mini-batches see differ by the updates in between, which are products of tokens of the chunk; so, as linear attention
+does it, the read-out of all C tokens is one attention, with
+
+    E[i, j] = lr[j] * (token_eta[i mod M]   j in the mini-batch of i, and not later if causal (eta_last if not causal)
+                       eta_last             j in an earlier mini-batch of the chunk
+                       0                    otherwise)
+    z1_bar = xq w1 + b1 - (E * (xq xk^T + 1)) g_z1
+    x2_bar = gelu(z1_bar)
+    z2_bar = x2_bar w2 + b2 - (E * (x2_bar x2^T + 1)) g_z2
+    out    = xq + LN(z2_bar)
+
+F is walked in blocks of BF. Bytes a token of a head in bf16, D = 64, C = 64: reads 2434 (twice in the backward).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from implementations.triton.blocks import (
+    load_row,
+    load_tokens,
+    matmul,
+    matmul_add,
+    nearest,
+    normalise,
+    project,
+    store_row,
+    store_tokens,
+    token_pointers,
+    wide,
+)
+from implementations.triton.mlp_blocks import gelu, gelu_first, gelu_second
+
+
+class Norm(NamedTuple):
+    """Of z2_bar, for the backward: every chunk of the sequence."""
+
+    x_hat: Any  # [B H chunks C D]
+    rstd: Any  # [B H chunks C], fp32
+
+
+class Pulled(NamedTuple):
+    """What the read-out's backward leaves for the recurrence's, laid out as `Trace`."""
+
+    d_x2: Any  # [B H K F C]
+    d_g_z1: Any  # [B H K F C]
+    d_g_z2: Any  # [B H K D C], fp32
+    d_w1: Any  # [B H K F D], transposed: of the weights at the start of the chunk, as the next three
+    d_b1: Any  # [B H K F], fp32
+    d_w2: Any  # [B H K F D]
+    d_b2: Any  # [B H K D], fp32
+    d_xk: Any  # [B H K C D], fp32
+    d_lr: Any  # [B H K C], fp32
+    x2: Any  # [B H K F C], and what the scan multiplies with, as the next two
+    slope: Any  # [B H K F C], gelu'(z1)
+    curve: Any  # [B H K F C], g_x2 gelu''(z1)
+
+
+class Sums(NamedTuple):
+    """Parts of the gradients of the shared parameters, one of every chunk of the sequence, fp32."""
+
+    d_token_eta: Any  # [B H chunks C], of each token's own mini-batch
+    d_eta_last: Any  # [B H chunks C], of earlier mini-batches
+    d_ln_weight: Any  # [B H chunks D]
+    d_ln_bias: Any  # [B H chunks D]
+
+
+@triton.jit
+def rates(token_eta, M: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr):
+    """E without lr [C, C], and where it has token i's own mini-batch and earlier ones."""
+    i = tl.arange(0, C)
+    eta_last = tl.load(token_eta + M - 1)
+    own = i[:, None] // M == i[None, :] // M
+    earlier = i[:, None] // M > i[None, :] // M
+    if CAUSAL:
+        own = own & (i[:, None] >= i[None, :])
+        rate = tl.where(own, tl.load(token_eta + i % M)[:, None], tl.where(earlier, eta_last, 0.0))
+    else:
+        rate = tl.where(own | earlier, eta_last, 0.0)
+    return rate, own, earlier
+
+
+@triton.jit
+def load_hidden(p_x, chunk, f, BF: tl.constexpr, F: tl.constexpr, C: tl.constexpr):
+    """Rows `f` to `f + BF` of [F, C], as stored."""
+    return tl.load(p_x + chunk * F * C + (f + tl.arange(0, BF))[:, None] * C + tl.arange(0, C)[None, :])
+
+
+@triton.jit
+def store_hidden(p_x, x, chunk, f, BF: tl.constexpr, F: tl.constexpr, C: tl.constexpr):
+    """Rows `f` to `f + BF` of [F, C], rounded to what is stored there."""
+    at = p_x + chunk * F * C + (f + tl.arange(0, BF))[:, None] * C + tl.arange(0, C)[None, :]
+    tl.store(at, nearest(x, p_x.dtype.element_ty))
+
+
+@triton.jit
+def inner(trace, chunk, f, BF: tl.constexpr, F: tl.constexpr, C: tl.constexpr):
+    """(x2^T, g_z1^T) [BF, C], rounded."""
+    DTYPE: tl.constexpr = trace.z1.dtype.element_ty
+    x2, slope = gelu_first(load_hidden(trace.z1, chunk, f, BF, F, C).to(tl.float32))
+    g_x2 = load_hidden(trace.g_x2, chunk, f, BF, F, C).to(tl.float32)
+    return nearest(x2, DTYPE), nearest(g_x2 * slope, DTYPE)
+
+
+@triton.jit
+def first_layer(
+    trace, chunk, slot, f, xq, scores1, g_z1, BF: tl.constexpr, D: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr
+):
+    """(z1_bar [C, BF], w1^T, w2 [BF, D])."""
+    w1 = load_hidden(trace.w1, chunk, f, BF, 4 * D, D)
+    w2 = load_hidden(trace.w2, slot, f, BF, 4 * D, D)
+    b1 = tl.load(trace.b1 + chunk * 4 * D + f + tl.arange(0, BF))
+    z1_bar = matmul(xq, tl.trans(w1), DTYPE, "ieee") + b1[None, :]  # [C, D] @ [D, BF] -> [C, BF]
+    z1_bar -= matmul(scores1, tl.trans(g_z1), DTYPE, "ieee")  # [C, C] @ [C, BF] -> [C, BF]
+    return z1_bar, w1, w2
+
+
+@triton.jit(do_not_specialize=["first", "chunks", "all_chunks"])
+def read_out(
+    inputs, shared, trace, out, norm, first, chunks, all_chunks, heads,
+    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, CAUSAL: tl.constexpr, EPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Chunk `first + program_id(0) % chunks` of chain `program_id(0) / chunks`."""
+    DTYPE: tl.constexpr = inputs.xq.p.dtype.element_ty
+    chain, n = tl.program_id(0) // chunks, first + tl.program_id(0) % chunks
+    batch, head, chunk = chain // heads, chain % heads, wide(tl.program_id(0))
+    xq = load_tokens(inputs.xq, batch, head, n, C, D, D)
+    xk = load_tokens(inputs.xk, batch, head, n, C, D, D)
+    lr = tl.load(token_pointers(inputs.lr, batch, head, n, C)).to(tl.float32)
+    rate, own, earlier = rates(shared.token_eta, M, C, CAUSAL)
+    rate_lr = rate * lr[None, :]
+    scores1 = nearest(rate_lr * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0), DTYPE)  # [C, D] @ [D, C] -> [C, C]
+    z2_bar = tl.zeros([C, D], tl.float32)
+    attn2 = tl.full([C, C], 1.0, tl.float32)
+    for f in tl.range(0, 4 * D, BF, num_stages=STAGES):
+        x2, g_z1 = inner(trace, chunk, f, BF, 4 * D, C)
+        z1_bar, _, w2 = first_layer(trace, chunk, chunk, f, xq, scores1, g_z1, BF, D, C, DTYPE)
+        x2_bar = nearest(gelu(z1_bar), DTYPE)
+        attn2 = matmul_add(x2_bar, x2, attn2, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
+        z2_bar = matmul_add(x2_bar, w2, z2_bar, DTYPE, "ieee")  # [C, BF] @ [BF, D] -> [C, D]
+    g_z2 = load_hidden(trace.g_z2, chunk, 0, D, D, C)
+    z2_bar -= matmul(rate_lr * attn2, tl.trans(g_z2), DTYPE, "ieee")  # [C, C] @ [C, D] -> [C, D]
+    x_hat, rstd = normalise(z2_bar + load_row(trace.b2, chunk, D, D)[None, :], EPS, D, D)
+    part = wide(chain) * all_chunks + n
+    tl.store(norm.x_hat + part * C * D + tl.arange(0, C)[:, None] * D + tl.arange(0, D)[None, :], x_hat)
+    tl.store(norm.rstd + part * C + tl.arange(0, C), tl.sum(rstd, 1))
+    ln_weight = load_row(shared.ln_weight, head, D, D)[None, :]
+    ln_bias = load_row(shared.ln_bias, head, D, D)[None, :]
+    store_tokens(out, xq.to(tl.float32) + ln_weight * x_hat + ln_bias, batch, head, n, C, D, D)
+
+
+@triton.jit(do_not_specialize=["first", "chunks", "all_chunks"])
+def read_out_backward(
+    inputs, shared, trace, norm, d_out, d_xq, pulled, sums, first, chunks, all_chunks, heads,
+    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of the same chunk: d_xq, and what the read-out adds to the cotangents of all that it read."""
+    F: tl.constexpr = 4 * D
+    DTYPE: tl.constexpr = inputs.xq.p.dtype.element_ty
+    chain, n = tl.program_id(0) // chunks, first + tl.program_id(0) % chunks
+    batch, head, chunk = chain // heads, chain % heads, wide(tl.program_id(0))
+    slot = chunk * (C // M)
+    part = wide(chain) * all_chunks + n
+    c = tl.arange(0, C)
+    xq = load_tokens(inputs.xq, batch, head, n, C, D, D)
+    xk = load_tokens(inputs.xk, batch, head, n, C, D, D)
+    lr = tl.load(token_pointers(inputs.lr, batch, head, n, C)).to(tl.float32)
+    rate, own, earlier = rates(shared.token_eta, M, C, CAUSAL)
+    rate_lr = rate * lr[None, :]
+    scores1 = nearest(rate_lr * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0), DTYPE)
+
+    # out = xq + LN(z2_bar)
+    x_hat = tl.load(norm.x_hat + part * C * D + c[:, None] * D + tl.arange(0, D)[None, :]).to(tl.float32)
+    rstd = tl.load(norm.rstd + part * C + c)[:, None]
+    d_o = load_tokens(d_out, batch, head, n, C, D, D).to(tl.float32)
+    ln_weight = load_row(shared.ln_weight, head, D, D)[None, :]
+    store_row(sums.d_ln_weight, tl.sum(d_o * x_hat, 0), part, D, D)
+    store_row(sums.d_ln_bias, tl.sum(d_o, 0), part, D, D)
+    d_z2_bar = project(d_o * ln_weight, x_hat, rstd, D, D)
+    store_row(pulled.d_b2, tl.sum(d_z2_bar, 0), chunk, D, D)
+    d_z2_bar = nearest(d_z2_bar, DTYPE)
+    g_z2 = load_hidden(trace.g_z2, chunk, 0, D, D, C)
+    d_attn2 = nearest(-rate_lr * matmul(d_z2_bar, g_z2, DTYPE, "ieee"), DTYPE)  # [C, D] @ [D, C] -> [C, C]
+
+    attn2 = tl.full([C, C], 1.0, tl.float32)
+    d_x_q = d_o
+    d_scores = tl.zeros([C, C], tl.float32)
+    for f in tl.range(0, F, BF, num_stages=STAGES):
+        # What the scan would else compute from z1.
+        x2, slope, bend = gelu_second(load_hidden(trace.z1, chunk, f, BF, F, C).to(tl.float32))
+        g_x2 = load_hidden(trace.g_x2, chunk, f, BF, F, C).to(tl.float32)
+        x2, g_z1 = nearest(x2, DTYPE), nearest(g_x2 * slope, DTYPE)
+        store_hidden(pulled.x2, x2, chunk, f, BF, F, C)
+        store_hidden(pulled.slope, slope, chunk, f, BF, F, C)
+        store_hidden(pulled.curve, g_x2 * bend, chunk, f, BF, F, C)
+
+        z1_bar, w1, w2 = first_layer(trace, chunk, slot, f, xq, scores1, g_z1, BF, D, C, DTYPE)
+        x2_bar, slope = gelu_first(z1_bar)
+        x2_bar = nearest(x2_bar, DTYPE)
+        attn2 = matmul_add(x2_bar, x2, attn2, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
+        d_x2_bar = matmul(d_z2_bar, tl.trans(w2), DTYPE, "ieee")  # [C, D] @ [D, BF] -> [C, BF]
+        d_x2_bar = matmul_add(d_attn2, tl.trans(x2), d_x2_bar, DTYPE, "ieee")
+        d_z1_bar = d_x2_bar * slope
+        tl.store(pulled.d_b1 + chunk * F + f + tl.arange(0, BF), tl.sum(d_z1_bar, 0))
+        d_z1_bar = nearest(d_z1_bar, DTYPE)
+        store_hidden(pulled.d_w2, matmul(tl.trans(x2_bar), d_z2_bar, DTYPE, "ieee"), chunk, f, BF, F, D)
+        store_hidden(pulled.d_x2, matmul(tl.trans(x2_bar), d_attn2, DTYPE, "ieee"), chunk, f, BF, F, C)
+        store_hidden(pulled.d_w1, matmul(tl.trans(d_z1_bar), xq, DTYPE, "ieee"), chunk, f, BF, F, D)
+        store_hidden(pulled.d_g_z1, -matmul(tl.trans(d_z1_bar), scores1, DTYPE, "ieee"), chunk, f, BF, F, C)
+        d_x_q = matmul_add(d_z1_bar, w1, d_x_q, DTYPE, "ieee")  # [C, BF] @ [BF, D] -> [C, D]
+        d_scores = matmul_add(d_z1_bar, g_z1, d_scores, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
+
+    # The attention of both layers; the rates again, so that no register holds them through the loop.
+    lr = tl.load(token_pointers(inputs.lr, batch, head, n, C)).to(tl.float32)
+    rate, own, earlier = rates(shared.token_eta, M, C, CAUSAL)
+    rate_lr = rate * lr[None, :]
+    d_attn1 = nearest(-d_scores * rate_lr, DTYPE)
+    d_x_q = matmul_add(d_attn1, xk, d_x_q, DTYPE, "ieee")
+    store_tokens(d_xq, d_x_q, batch, head, n, C, D, D)
+    d_x_k = matmul(tl.trans(d_attn1), xq, DTYPE, "ieee")
+    tl.store(pulled.d_xk + chunk * C * D + c[:, None] * D + tl.arange(0, D)[None, :], d_x_k)
+    d_g_z2 = -matmul(tl.trans(nearest(rate_lr * attn2, DTYPE)), d_z2_bar, DTYPE, "ieee")  # [C, C] @ [C, D]
+    tl.store(pulled.d_g_z2 + chunk * D * C + tl.arange(0, D)[None, :] * C + c[:, None], d_g_z2)
+    d_rate_lr = -d_scores * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0)
+    d_rate_lr -= matmul(d_z2_bar, g_z2, DTYPE, "ieee") * attn2
+    tl.store(pulled.d_lr + chunk * C + c, tl.sum(d_rate_lr * rate, 0))
+    d_rate = d_rate_lr * lr[None, :]
+    tl.store(sums.d_token_eta + part * C + c, tl.sum(tl.where(own, d_rate, 0.0), 1))
+    tl.store(sums.d_eta_last + part * C + c, tl.sum(tl.where(earlier, d_rate, 0.0), 1))

@@ -1,0 +1,256 @@
+"""The forward kernels of `split_linear`, and the pieces that its backward kernels share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from implementations.triton.blocks import (
+    inside,
+    load_matrix,
+    load_row,
+    load_tokens,
+    matmul,
+    matmul_add,
+    mean,
+    nearest,
+    normalise,
+    store_matrix,
+    store_row,
+    store_tokens,
+    token_pointers,
+    wide,
+)
+
+
+class Segment(NamedTuple):
+    """Pointers to what the kernels of one segment hand to each other; [tokens] counts those of the segment."""
+
+    w: Any  # [B H, chunks + 1, D, D] I/O dtype, transposed: before each chunk and after the last
+    b: Any  # [B H, chunks + 1, D]
+    lr_g: Any  # [B H, tokens, D] I/O dtype
+
+
+class Kept(NamedTuple):
+    """Pointers to what the second order needs of the inner LayerNorm of each token."""
+
+    x_hat: Any  # [B H, tokens, D] I/O dtype
+    y: Any  # [B H, tokens, D] I/O dtype
+    five: Any  # [B H, mini-batches, 8, M]: lr, rstd, q, q1, q3
+
+
+@triton.jit
+def four_sums(a, b, c, d, AXIS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Over one axis, in one reduction, broadcast along it where that costs nothing.
+
+    Over the rows, which lie in all warps, by a product with ones: rounding what is summed to bf16 costs these means
+    2^-9 / sqrt(D) of themselves, less than the rounding of w to bf16 does. Rounded to fp16 they could overflow.
+    """
+    x = tl.join(tl.join(a, b), tl.join(c, d))
+    if AXIS == 0 and DTYPE.is_bf16():
+        D: tl.constexpr = a.shape[0]
+        M: tl.constexpr = a.shape[1]
+        x = tl.reshape(tl.permute(x, (0, 2, 3, 1)), [D, 4 * M])
+        x = matmul(tl.full([D, D], 1.0, tl.float32), x, DTYPE, PRECISION)
+        x = tl.permute(tl.reshape(x, [D, 2, 2, M]), (0, 3, 1, 2))
+    else:
+        x = tl.sum(x, AXIS, keep_dims=True)
+    ab, cd = tl.split(x)
+    a, b = tl.split(ab)
+    c, d = tl.split(cd)
+    return a, b, c, d
+
+
+@triton.jit
+def beside(x, y):
+    """`x`, laid out over the threads as `y` is: all that Triton knows of either is that they are added."""
+    return x + 0.0 * y
+
+
+@triton.jit
+def turn(x, TURN: tl.constexpr):
+    """[M, D] as the loop holds it: as it is, or [D, M]."""
+    return tl.trans(x) if TURN else x
+
+
+@triton.jit
+def over_d(x, TURN: tl.constexpr):
+    """[D] along the axis of D of a block."""
+    return x[:, None] if TURN else x[None, :]
+
+
+@triton.jit
+def over_tokens(x, TURN: tl.constexpr):
+    """[M] along the axis of the tokens of a block."""
+    return x[None, :] if TURN else x[:, None]
+
+
+@triton.jit
+def inside_d(x, D: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr):
+    """`x` with zeros past D."""
+    if D != BLOCK_D:
+        x = tl.where(over_d(tl.arange(0, BLOCK_D), TURN) < D, x, 0.0)
+    return x
+
+
+@triton.jit
+def load_rows(p, row, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr):
+    """[M, D], M rows of contiguous `... D` from `row` on."""
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    at = p + wide(row) * D + tl.arange(0, M)[:, None] * D + columns
+    return tl.load(at) if D == BLOCK_D else tl.load(at, columns < D, 0.0)
+
+
+@triton.jit
+def store_rows(p, x, row, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr):
+    """[M, D], rounded to what is stored there."""
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    at = p + wide(row) * D + tl.arange(0, M)[:, None] * D + columns
+    x = nearest(x, p.dtype.element_ty)
+    if D == BLOCK_D:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, columns < D)
+
+
+@triton.jit
+def multiply_add(a, b, c, scale, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """c + scale a @ b; fp16 would lose the small numbers of `scale a`, and fp32 a rounding of c for every row of b."""
+    if DTYPE.is_fp16() or DTYPE.is_fp32():
+        c += scale * matmul(a, b, DTYPE, PRECISION)
+    else:
+        c = matmul_add(scale * a, b, c, DTYPE, PRECISION)
+    return c
+
+
+@triton.jit
+def prepare(inputs, batch, head, n, ln_weight, ln_bias, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(c [M, D], lr [M]) of a mini-batch: nothing that waits for the chain."""
+    xk = load_tokens(inputs.xk, batch, head, n, M, D, BLOCK_D)
+    xv = load_tokens(inputs.xv, batch, head, n, M, D, BLOCK_D)
+    lr = tl.load(token_pointers(inputs.lr, batch, head, n, M))
+    c = ln_weight * (ln_bias + (xk.to(tl.float32) - xv.to(tl.float32)))
+    return inside(c - mean(c, D), D, BLOCK_D), lr
+
+
+@triton.jit
+def eta_of(token_eta, M: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr):
+    """eta[i, j] / lr[j] of a chunk [C, C], and where it is token_eta[i] and where token_eta[M - 1]."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    last = tl.load(token_eta + M - 1)
+    if CAUSAL:
+        own = (i // M == j // M) & (i >= j)
+        before = i // M > j // M
+    else:
+        own = (i < 0) & (j < 0)
+        before = i // M >= j // M
+    eta = tl.load(token_eta + tl.arange(0, C) % M)[:, None]
+    return tl.where(own, eta, tl.where(before, last, 0.0)), own, before
+
+
+# --- The recurrence ---
+
+
+@triton.jit(do_not_specialize=["first", "mini_batches"])  # one program for every length
+def split_recurrence(
+    inputs, shared, start, end, segment, kept, heads, first, mini_batches,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr,
+    TURN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Chain `program_id(0)` of one segment: its fast weights, lr g_z1, and what the second order needs."""
+    chain = tl.program_id(0)
+    batch, head = chain // heads, chain % heads
+    DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
+    AXIS: tl.constexpr = 0 if TURN else 1
+    R: tl.constexpr = C // M
+    chunks = mini_batches // R
+    eta_last = tl.load(shared.token_eta + M - 1)
+    ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)
+    ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)
+    square = over_d(ln_weight * ln_weight, TURN)
+    w = tl.trans(load_matrix(start.w, chain, D, BLOCK_D))  # [D of z1, D of xk]
+    b = load_row(start.b, chain, D, BLOCK_D)
+    mean_w = tl.sum(w, 0) * (1.0 / D)
+    mean_b = tl.sum(b, 0) * (1.0 / D)
+    w = inside_d(w - mean_w[None, :], D, BLOCK_D, True)
+    b = tl.where(tl.arange(0, BLOCK_D) < D, b - mean_b, 0.0)
+    # b for every token: the sum over tokens that moves it is a product with ones, whose result lies as z1 does.
+    ones = nearest(tl.full([M, M], 1.0, tl.float32), DTYPE)
+    b = tl.zeros([BLOCK_D, M] if TURN else [M, BLOCK_D], tl.float32) + over_d(b, TURN)
+    c_next, lr_next = prepare(inputs, batch, head, first, ln_weight[None, :], ln_bias[None, :], M, D, BLOCK_D)
+    for i in tl.range(0, mini_batches, num_stages=STAGES):
+        if i % R == 0:
+            slot = chain * (chunks + 1) + i // R
+            store_matrix(segment.w, w, slot, D, BLOCK_D)
+            store_row(segment.b, tl.max(b, 1 - AXIS), slot, D, BLOCK_D)
+        xk = load_tokens(inputs.xk, batch, head, first + i, M, D, BLOCK_D)
+        c, lr = turn(c_next, TURN), over_tokens(lr_next.to(tl.float32), TURN)
+        following = first + tl.minimum(i + 1, mini_batches - 1)
+        c_next, lr_next = prepare(inputs, batch, head, following, ln_weight[None, :], ln_bias[None, :], M, D, BLOCK_D)
+        if TURN:
+            z1 = matmul_add(w, tl.trans(xk), b, DTYPE, PRECISION)  # [D, D] @ [D, M] -> [D, M]
+        else:
+            z1 = matmul_add(xk, tl.trans(w), b, DTYPE, PRECISION)  # [M, D] @ [D, D] -> [M, D]
+        scaled = square * z1
+        z_z, w_z, w_z_z, c_z = four_sums(z1 * z1, scaled, scaled * z1, c * z1, AXIS, DTYPE, PRECISION)
+        rstd = tl.rsqrt(z_z * (1.0 / D) + EPS)
+        half_q1 = rstd * w_z * (1.0 / D)
+        w_x_x = rstd * rstd * w_z_z * (1.0 / D)
+        q = w_x_x + rstd * c_z * (1.0 / D)
+        # In this order, so that every block keeps the layout of z1.
+        g = rstd * (rstd * z1 * (square - q) - half_q1 + c)
+        lr_g = inside_d(lr * g, D, BLOCK_D, TURN)
+        row = (chain * mini_batches + i) * M
+        store_rows(segment.lr_g, turn(lr_g, TURN), row, D, BLOCK_D, M)
+        if KEEP:
+            store_rows(kept.x_hat, turn(rstd * z1, TURN), row, D, BLOCK_D, M)
+            store_rows(kept.y, turn(2.0 * rstd * scaled + c, TURN), row, D, BLOCK_D, M)
+            which = over_d(tl.arange(0, BLOCK_D), TURN)  # of the five numbers a token
+            five = tl.where(which < 1, lr, tl.where(which < 2, rstd, q))
+            five = tl.where(which < 3, five, tl.where(which < 4, 2.0 * half_q1, w_x_x + 3.0 * q))
+            at = kept.five + wide(chain * mini_batches + i) * 8 * M + which * M
+            tl.store(at + over_tokens(tl.arange(0, M), TURN), five, which < 5)
+        w = multiply_add(lr_g if TURN else tl.trans(lr_g), xk, w, -eta_last, DTYPE, PRECISION)
+        if TURN:
+            b = multiply_add(lr_g, ones, b, -eta_last, DTYPE, PRECISION)
+        else:
+            b = multiply_add(ones, lr_g, b, -eta_last, DTYPE, PRECISION)
+    slot = chain * (chunks + 1) + chunks
+    row_b = tl.max(b, 1 - AXIS)
+    store_matrix(segment.w, w, slot, D, BLOCK_D)
+    store_row(segment.b, row_b, slot, D, BLOCK_D)
+    store_matrix(end.w, tl.trans(inside_d(w + mean_w[None, :], D, BLOCK_D, True)), chain, D, BLOCK_D)
+    store_row(end.b, row_b + mean_b, chain, D, BLOCK_D)
+
+
+# --- The read-out of a chunk ---
+
+
+@triton.jit(do_not_specialize=["first", "chunks"])  # one program for every length
+def split_read_out(
+    inputs, shared, segment, out, heads, first, chunks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one chain: out."""
+    chain, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    batch, head = chain // heads, chain % heads
+    DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
+    AFTER: tl.constexpr = not CAUSAL and C == M  # the weights that every token reads are those after the chunk
+    slot = chain * (chunks + 1) + chunk + (1 if AFTER else 0)
+    xq = load_tokens(inputs.xq, batch, head, first + chunk, C, D, BLOCK_D)
+    w = load_matrix(segment.w, slot, D, BLOCK_D)
+    b = load_row(segment.b, slot, D, BLOCK_D)[None, :]
+    z1_bar = matmul(xq, tl.trans(w), DTYPE, PRECISION) + b  # [C, D] @ [D, D] -> [C, D]
+    if not AFTER:
+        xk = load_tokens(inputs.xk, batch, head, first + chunk, C, D, BLOCK_D)
+        lr_g = load_rows(segment.lr_g, (chain * chunks + chunk) * C, D, BLOCK_D, C)
+        seen, _, _ = eta_of(shared.token_eta, M, C, CAUSAL)
+        scores = seen * (matmul(xq, tl.trans(xk), DTYPE, PRECISION) + 1.0)  # [C, D] @ [D, C] -> [C, C]
+        z1_bar -= matmul(scores, lr_g, DTYPE, PRECISION)  # [C, C] @ [C, D] -> [C, D]
+    x_hat, _ = normalise(z1_bar, EPS, D, BLOCK_D)
+    ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)[None, :]
+    ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)[None, :]
+    store_tokens(out, xq.to(tl.float32) + ln_weight * x_hat + ln_bias, batch, head, first + chunk, C, D, BLOCK_D)

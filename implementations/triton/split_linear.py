@@ -1,0 +1,332 @@
+"""TTT-Linear in Triton with nothing but the recurrence left in the sequential loop.
+
+What it changes against `ttt_linear`: only w -> z1 -> LayerNorm gradient -> w' must go mini-batch by mini-batch, and
+backwards only d_w' -> d_lr_g -> d_z1 -> d_w. Two kernels with one program a chain do that and no more; the rest is done
+by kernels with one program for every chunk of C = R M tokens of every chain:
+
+    forward    split_recurrence          w, b at the start of each chunk, lr g_z1 of each token
+               split_read_out            z1_bar = xq w + b - (eta * (xq xk^T + 1)) (lr g_z1) of a chunk, and out
+    backward   split_recurrence          again, of one segment of G mini-batches at a time, from the last to the first
+               split_read_out_backward   d_xq, and all that reaches w and lr g_z1 of the chunk through the read-out
+               split_reverse_recurrence  d_lr_g of each token, d_w and d_b at the end of each chunk
+               split_update_backward     d_xk, d_xv, d_lr
+
+In the read-out of a chunk eta[i, j] is token_eta[i] within a mini-batch (j <= i), token_eta[M-1] where j's mini-batch
+comes before i's, else 0: the dual form holds for any number of mini-batches once their gradients are known. At M = 16
+the products then are over 64 tokens, and D^2 numbers of fast weights are stored a chunk instead of a mini-batch. The same
+trick gives d_xk its w at the start and its d_w at the end of each mini-batch.
+
+Two identities shorten the loop. The LayerNorm sees z1 less its mean over D, and g_z1 sums to zero over D: the mean of
+w1 and b1 over their last axis never moves. It is taken off at the start and put back at the end; z1 has mean zero, and
+var = mean(z1^2). And with c = ln_weight (ln_bias - target) less its mean,
+
+    g_z1 = rstd (x_hat (ln_weight^2 - q) + c - rstd mean(ln_weight^2 z1))
+    q = mean(p x_hat) = rstd^2 mean(ln_weight^2 z1^2) + rstd mean(c z1)
+
+four sums over z1 that one reduction takes together. The second order likewise, of v = lr d_lr_g, with mean(v) = 0 and
+y = 2 ln_weight^2 x_hat + c:
+
+    d_z1 = rstd^2 ((ln_weight^2 - q) v - a y - (mean(ln_weight^2 v) - a q1) - x_hat (mean(v y) - a q3))
+    a = mean(v x_hat), q1 = mean(y), q3 = mean(ln_weight^2 x_hat^2) + 3 q
+
+Segments run on three streams (`lanes`): the recurrences leave most of the card idle, and the chunks of one segment fill
+it while the next one is under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from implementations.kernels import TritonKernel
+from implementations.triton.arguments import Shared, State, check, empty, tokens, view
+from implementations.triton.lanes import Step, run
+from implementations.triton.launch import Launch, meta
+from implementations.triton.limits import block_d
+from implementations.triton.split_backward import (
+    Pulled,
+    split_read_out_backward,
+    split_reverse_recurrence,
+    split_update_backward,
+)
+from implementations.triton.split_forward import Kept, Segment, split_read_out, split_recurrence
+from spec.problem import Problem
+from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
+
+SEGMENT = 4096  # tokens between two saved states, unless told otherwise
+
+
+class Residuals(NamedTuple):
+    """What the backward needs: the inputs, and the fast weights at the start of every segment but the first."""
+
+    inputs: LinearInputs
+    saved_w1: Tensor  # [segments - 1, B, H, D, D]
+    saved_b1: Tensor  # [segments - 1, B, H, D]
+    group: int
+
+
+class _Sizes(NamedTuple):
+    """Of one call: R mini-batches a chunk, and the mini-batches of every segment."""
+
+    per_chunk: int
+    segments: tuple[tuple[int, int], ...]  # (first mini-batch, how many)
+
+    @property
+    def longest(self) -> int:
+        return max(count for _, count in self.segments)
+
+
+def _sizes(problem: Problem, group: int) -> _Sizes:
+    per_chunk = max(1, 64 // problem.mini_batch)
+    while problem.mini_batches % per_chunk or group % per_chunk:
+        per_chunk //= 2
+    n = problem.mini_batches
+    return _Sizes(per_chunk, tuple((first, min(group, n - first)) for first in range(0, n, group)))
+
+
+def default_group(problem: Problem) -> int:
+    """G: 4096 tokens, in mini-batches."""
+    return SEGMENT // problem.mini_batch
+
+
+def forward(inputs: LinearInputs, problem: Problem, group: int | None = None) -> tuple[LinearOutputs, Residuals]:
+    """Outputs of TTT-Linear, and what `backward` needs; `group` is G, mini-batches between two saved states.
+
+    Raises:
+        ValueError: `problem` is beyond the limits of the Triton pages, or a tensor does not fit it or the kernels.
+    """
+    check(inputs, INPUTS, problem)
+    group = default_group(problem) if group is None else group
+    if group < 1:
+        raise ValueError(f"group: expected at least 1 mini-batch between saved states, got {group}")
+    outputs, residuals, steps = plan_forward(inputs, problem, group)
+    run(steps, inputs.xq.device)
+    return outputs, residuals
+
+
+def backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) -> LinearInputs:
+    """Gradients of every input, from the cotangents of the output and of the final state.
+
+    Raises:
+        ValueError: a cotangent does not fit `problem` or the kernels.
+    """
+    check(cotangents, OUTPUTS, problem, residuals.inputs.xq.device)
+    parts, steps = plan_backward(cotangents, residuals, problem)
+    run(steps, cotangents.out.device)
+    return _add_up(parts, problem)
+
+
+def saved_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
+    """Of what `forward` saves beside the inputs, all fp32."""
+    states = len(_sizes(problem, default_group(problem)).segments) - 1
+    b, h, d = problem.batch, problem.heads, problem.head_dim
+    return (states, b, h, d, d), (states, b, h, d)
+
+
+def residuals(inputs: LinearInputs, saved: list[Tensor], problem: Problem) -> Residuals:
+    """What `forward` saved, as `backward` takes it."""
+    return Residuals(inputs, *saved, default_group(problem))
+
+
+class _Parts(NamedTuple):
+    """Gradients, those of the shared parameters in parts: of each chunk, and of the read-out and of the update."""
+
+    gradients: LinearInputs
+    token_eta: Tensor  # [B H chunks, C], of each token of the read-out
+    eta_last: Tensor  # [B H chunks, 2, C]
+    ln_weight: Tensor  # [2, B, H, chunks, D]
+    ln_bias: Tensor  # [2, B, H, chunks, D]
+
+
+def _add_up(parts: _Parts, problem: Problem) -> LinearInputs:
+    """Always in the same order."""
+    m = problem.mini_batch
+    d_token_eta = parts.token_eta.view(-1, m).sum(0) if problem.causal else parts.token_eta.new_zeros(m)
+    reads = problem.causal or parts.token_eta.shape[1] > m
+    d_token_eta[-1] += (parts.eta_last if reads else parts.eta_last[:, 1]).sum()
+    return parts.gradients._replace(
+        token_eta=d_token_eta, ln_weight=parts.ln_weight.sum((0, 1, 3)), ln_bias=parts.ln_bias.sum((0, 1, 3))
+    )
+
+
+def plan_forward(inputs: LinearInputs, problem: Problem, group: int) -> tuple[LinearOutputs, Residuals, list[Step]]:
+    """What `forward` gives, and the launches that fill it."""
+    b, t, h, d = inputs.xq.shape
+    like, sizes = inputs.xq, _sizes(problem, group)
+    outputs = LinearOutputs(empty(like, b, t, h, d, dtype=like.dtype), empty(like, b, h, d, d), empty(like, b, h, d))
+    states = len(sizes.segments) - 1
+    residuals = Residuals(inputs, empty(like, states, b, h, d, d), empty(like, states, b, h, d), group)
+    segments = [_segment(like, problem, sizes) for _ in sizes.segments[:2]]  # one is read while the next is written
+    common = {"inputs": tokens(*inputs[:4]), "shared": Shared(*inputs[4:7])}
+    steps: list[Step] = []
+    for number, span in enumerate(sizes.segments):
+        segment = segments[number % 2]
+        end = State(*outputs[1:]) if number == states else _saved(residuals, number + 1)
+        recur = _recur(residuals, problem, sizes, number, end, segment, None)
+        read = _launch_chunks(
+            split_read_out,
+            problem,
+            sizes,
+            span,
+            {**common, "segment": segment, "out": view(outputs.out), "heads": h},
+            EPS=problem.eps,
+        )
+        at = len(steps)
+        steps.append(Step(recur, 1 if states else 0, (at - 3,) if number > 1 else ()))
+        steps.append(Step(read, 0, (at,)))
+    return outputs, residuals, steps
+
+
+def plan_backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) -> tuple[_Parts, list[Step]]:
+    """The gradients, still in parts, and the launches that fill them."""
+    inputs, sizes = residuals.inputs, _sizes(problem, residuals.group)
+    b, t, h, d = inputs.xq.shape
+    like, c = inputs.xq, sizes.per_chunk * problem.mini_batch
+    chunks = t // c
+    gradients = LinearInputs(
+        *(empty(like, b, t, h, d, dtype=like.dtype) for _ in range(3)),
+        empty(like, b, t, h, dtype=like.dtype),
+        *inputs[4:7],
+        empty(like, b, h, d, d),
+        empty(like, b, h, d),
+    )
+    ln_weight, ln_bias = (empty(like, 2, b, h, chunks, d) for _ in range(2))
+    parts = _Parts(gradients, empty(like, b * h * chunks, c), empty(like, b * h * chunks, 2, c), ln_weight, ln_bias)
+    buffers = [_buffers(like, problem, sizes) for _ in sizes.segments[:2]]
+    spent = State(empty(like, b, h, d, d), empty(like, b, h, d))  # the state that recomputing ends with
+    common = {"inputs": tokens(*inputs[:4]), "shared": Shared(*inputs[4:7]), "heads": h}
+    written = {"d_inputs": tokens(*gradients[:4]), "d_eta_last": parts.eta_last, "all_chunks": chunks}
+    many = len(sizes.segments) > 1
+    steps: list[Step] = []
+    update: tuple[int, ...] = ()  # the step that frees the buffers of the segment before
+    waiting: list[Step] = []  # its update waits for a step on another lane: the next read-out goes before it
+    d_state = State(*cotangents[1:])
+    for number, span in reversed(list(enumerate(sizes.segments))):
+        segment, kept, pulled = buffers[number % 2]
+        d_start = State(*gradients[7:]) if number == 0 else State(empty(like, b, h, d, d), empty(like, b, h, d))
+        steps.append(Step(_recur(residuals, problem, sizes, number, spent, segment, kept), 1 if many else 0, update))
+        arguments = {**common, "segment": segment, "pulled": pulled, **written}
+        read = arguments | {
+            "d_out": view(cotangents.out),
+            "d_shared": Shared(parts.token_eta, ln_weight[0], ln_bias[0]),
+        }
+        launch = _launch_chunks(split_read_out_backward, problem, sizes, span, read, EPS=problem.eps)
+        steps.append(Step(launch, 0, (len(steps) - 1,)))
+        reverse = _reverse(common, kept, pulled, d_state, d_start, problem, sizes, span)
+        steps.append(Step(reverse, 2 if many else 0, (len(steps) - 1,)))
+        update = (len(steps),) if waiting else ()
+        steps += waiting
+        after = len(steps) - 1 - len(waiting)
+        change = arguments | {"kept": kept, "d_shared": Shared(parts.token_eta, ln_weight[1], ln_bias[1])}
+        waiting = [Step(_launch_chunks(split_update_backward, problem, sizes, span, change), 0, (after,))]
+        d_state = d_start
+    return parts, steps + waiting
+
+
+def _buffers(like: Tensor, problem: Problem, sizes: _Sizes) -> tuple[Segment, Kept, Pulled]:
+    """Memory that the kernels of one segment use."""
+    b, h, d = problem.batch, problem.heads, problem.head_dim
+    rows, chunks = (b, h, sizes.longest * problem.mini_batch), sizes.longest // sizes.per_chunk
+    kept = Kept(*(empty(like, *rows, d, dtype=like.dtype) for _ in range(2)), empty(like, *rows, 8))
+    pulled = Pulled(
+        empty(like, b, h, chunks, d, d),
+        empty(like, b, h, chunks, d),
+        *(empty(like, *rows, d, dtype=like.dtype) for _ in range(2)),
+        empty(like, b, h, chunks, d, d, dtype=like.dtype),
+        empty(like, b, h, chunks, d),
+    )
+    return _segment(like, problem, sizes), kept, pulled
+
+
+def _reverse(
+    common: dict[str, Any], kept: Kept, pulled: Pulled, d_end: State, d_start: State, problem: Problem, sizes: _Sizes,
+    span: tuple[int, int],
+) -> Launch:  # fmt: skip
+    first, mini_batches = span
+    of_segment = {"d_end": d_end, "d_start": d_start, "first": first, "mini_batches": mini_batches}
+    arguments = {**common, "kept": kept, "pulled": pulled, **of_segment}
+    constants = _constants(problem, sizes) | {"CAUSAL": problem.causal} | _orientation(problem)
+    chains = problem.batch * problem.heads
+    return Launch(split_reverse_recurrence, chains, arguments, constants, _options("recurrence", problem))
+
+
+def _saved(residuals: Residuals, number: int) -> State:
+    """The fast weights at the start of a segment."""
+    if number == 0:
+        return State(*residuals.inputs[7:])
+    return State(residuals.saved_w1[number - 1], residuals.saved_b1[number - 1])
+
+
+def _segment(like: Tensor, problem: Problem, sizes: _Sizes) -> Segment:
+    b, h, d = problem.batch, problem.heads, problem.head_dim
+    chunks = sizes.longest // sizes.per_chunk
+    return Segment(
+        empty(like, b, h, chunks + 1, d, d, dtype=like.dtype),
+        empty(like, b, h, chunks + 1, d),
+        empty(like, b, h, sizes.longest * problem.mini_batch, d, dtype=like.dtype),
+    )
+
+
+def _recur(
+    residuals: Residuals, problem: Problem, sizes: _Sizes, number: int, end: State, segment: Segment, kept: Kept | None
+) -> Launch:
+    inputs, (first, mini_batches) = residuals.inputs, sizes.segments[number]
+    nothing = Kept(*[inputs.token_eta] * 3)
+    arguments = {
+        "inputs": tokens(*inputs[:4]),
+        "shared": Shared(*inputs[4:7]),
+        "start": _saved(residuals, number),
+        "end": end,
+        "segment": segment,
+        "kept": nothing if kept is None else kept,
+        "heads": problem.heads,
+        "first": first,
+        "mini_batches": mini_batches,
+    }
+    constants = _constants(problem, sizes) | {"EPS": problem.eps, "KEEP": kept is not None} | _orientation(problem)
+    return Launch(
+        split_recurrence, problem.batch * problem.heads, arguments, constants, _options("recurrence", problem)
+    )
+
+
+def _launch_chunks(
+    kernel: Any, problem: Problem, sizes: _Sizes, span: tuple[int, int], arguments: dict[str, Any], **constants: Any
+) -> Launch:
+    """One program for each chunk of a segment."""
+    first, chunks = (count // sizes.per_chunk for count in span)
+    return Launch(
+        kernel,
+        problem.batch * problem.heads * chunks,
+        arguments | {"first": first, "chunks": chunks},
+        _constants(problem, sizes) | {"CAUSAL": problem.causal} | constants,
+        _options("chunks", problem),
+    )
+
+
+def _constants(problem: Problem, sizes: _Sizes) -> dict[str, Any]:
+    return {
+        "D": problem.head_dim,
+        "BLOCK_D": block_d(problem),
+        "M": problem.mini_batch,
+        "C": sizes.per_chunk * problem.mini_batch,
+        "PRECISION": problem.matmul_precision,
+    }
+
+
+def _orientation(problem: Problem) -> dict[str, Any]:
+    return {"TURN": problem.mini_batch <= 32, "STAGES": 3}
+
+
+def _options(kind: str, problem: Problem) -> dict[str, int]:
+    return {"num_warps": 4 if max(block_d(problem), problem.mini_batch) <= 64 else 8, "num_stages": 3}
+
+
+def static_kernels() -> Iterator[TritonKernel]:
+    """All kernels at the sizes of the named cases."""
+    for mini_batch, causal in ((16, True), (64, True), (64, False)):
+        problem = Problem("linear", 1, 256, 32, 64, mini_batch, causal, dtype="bf16")
+        outputs, residuals, steps = plan_forward(meta(LinearInputs, problem), problem, default_group(problem))
+        for step in steps + plan_backward(outputs, residuals, problem)[1]:
+            yield step.launch.static("linear")

@@ -1,0 +1,296 @@
+"""TTT-MLP in Triton with nothing on the chain but the recurrence; `triton.chain` (`ttt_mlp.py`) is the page to read first.
+
+What it changes: one program walks only `w -> z1 -> gelu -> z2 -> LayerNorm gradient -> g_z1 -> w'` of a chain, with both
+weight matrices in fp32 registers, and leaves z1, g_x2 and g_z2 behind. The read-out is parallel over chunks of 64
+tokens, which read the weights at the start of their chunk and attend to the updates since (`mlp_readout.py`). The
+backward does the same: recurrence again, read-out backward in parallel, a reverse scan over d_w alone
+(`mlp_scan.py`), and the rest in parallel. Segments of G mini-batches bound the memory that this takes.
+
+    forward   for each segment:           recurrence -> read_out
+    backward  for each segment, reversed: recurrence -> read_out_backward -> scan -> finish
+
+Memory. The forward saves the fast weights at the start of every segment but the first, 4 (8 D^2 + 5 D) / (G M) bytes a
+token and head: at D = 64, 129 for segments of 1024 tokens, beside 386 for the inputs in bf16. `WORKSPACE` is the budget for
+what the kernels of a segment hand to each other, `workspace_bytes` a token of a head.
+
+No atomics: sums over chunks are partial sums, added up in torch in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implementations.kernels import TritonKernel
+from implementations.triton.arguments import Shared, check, empty, tokens, view
+from implementations.triton.launch import Launch, meta
+from implementations.triton.mlp_limits import offchain_limit
+from implementations.triton.mlp_readout import Norm, Pulled, Sums, read_out, read_out_backward
+from implementations.triton.mlp_scan import Walked, finish, scan
+from implementations.triton.mlp_trace import Trace, Weights, recurrence
+from spec.problem import Problem
+from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs
+
+WORKSPACE = 2**30  # bytes that the backward may take for a segment beside its results
+CHUNK = 64  # tokens that the parallel kernels take at once, where the mini-batches divide it
+
+
+class Residuals(NamedTuple):
+    """What the backward needs: the inputs, and the fast weights at the start of every segment but the first."""
+
+    inputs: MlpInputs
+    saved: tuple[Tensor, ...]  # w1 [B H S-1 D F], b1 [B H S-1 F], w2 [B H S-1 F D], b2 [B H S-1 D]
+    norm: Norm  # the LayerNorm of the read-out
+    group: int
+
+
+def forward(inputs: MlpInputs, problem: Problem, group: int | None = None) -> tuple[MlpOutputs, Residuals]:
+    """Outputs of TTT-MLP, and what `backward` needs; `group` is G, the mini-batches of a segment.
+
+    Raises:
+        ValueError: `problem` is beyond `offchain_limit`, a tensor does not fit it or the kernels, or `group` is not a
+            multiple of the mini-batches in a chunk.
+    """
+    _check(inputs, INPUTS, problem)
+    group = default_group(problem) if group is None else group
+    ratio = chunk(problem) // problem.mini_batch
+    if group < 1 or group % ratio:
+        raise ValueError(f"group: expected a positive multiple of {ratio} mini-batches, got {group}")
+    outputs, residuals, launches = plan_forward(inputs, problem, group)
+    for launch in launches:
+        launch.run(inputs.xq.device)
+    return outputs, residuals
+
+
+def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> MlpInputs:
+    """Gradients of every input, from the cotangents of the output and of the final state.
+
+    Raises:
+        ValueError: a cotangent does not fit `problem` or the kernels.
+    """
+    _check(cotangents, OUTPUTS, problem, residuals.inputs.xq.device)
+    gradients, read, update, launches = plan_backward(cotangents, residuals, problem)
+    for launch in launches:
+        launch.run(cotangents.out.device)
+    # Over chunks and chains, always in the same order.
+    in_mini_batch = read.d_token_eta.reshape(-1, problem.mini_batch).sum(0)
+    d_token_eta = in_mini_batch if problem.causal else torch.zeros_like(in_mini_batch)
+    d_token_eta[-1] += read.d_eta_last.sum() + update.d_eta_last.sum()
+    if not problem.causal:
+        d_token_eta[-1] += in_mini_batch.sum()
+    d_ln = [(read[i] + update[i]).sum((0, 2)) for i in (2, 3)]
+    return gradients._replace(token_eta=d_token_eta, ln_weight=d_ln[0], ln_bias=d_ln[1])
+
+
+def plan_forward(
+    inputs: MlpInputs, problem: Problem, group: int
+) -> tuple[MlpOutputs, Residuals, list[Launch]]:
+    """What `forward` gives, and the launches that fill it."""
+    like = inputs.xq
+    outputs = MlpOutputs(*(empty(like, *x.shape, dtype=x.dtype) for x in (like, *inputs[7:])))
+    segments = _segments(problem, group)
+    saved = tuple(empty(like, *x.shape[:2], len(segments) - 1, *x.shape[2:]) for x in inputs[7:])
+    shape = problem.batch, problem.heads, problem.tokens // chunk(problem), chunk(problem)
+    norm = Norm(empty(like, *shape, problem.head_dim), empty(like, *shape))
+    residuals = Residuals(inputs, saved, norm, group)
+    trace = _trace(like, problem, segments[0][1], backward=False)
+    launches = []
+    for number, (first, count) in enumerate(segments):
+        end = _state(saved, number + 1) if number + 1 < len(segments) else (Weights(*outputs[1:]), 1)
+        launches.append(_recurrence(residuals, problem, trace, number, end, backward=False))
+        arguments = _given(inputs) | {"trace": trace, "out": view(outputs.out), "norm": norm}
+        arguments |= _chunks(problem, first, count)
+        launches.append(_launch(read_out, problem, count, arguments))
+    return outputs, residuals, launches
+
+
+def plan_backward(
+    cotangents: MlpOutputs, residuals: Residuals, problem: Problem
+) -> tuple[MlpInputs, Sums, Sums, list[Launch]]:
+    """Gradients without those of the shared parameters, two parts of these, and the launches that fill them."""
+    inputs = residuals.inputs
+    like, h, d, f, c = inputs.xq, problem.heads, problem.head_dim, problem.hidden, chunk(problem)
+    segments = _segments(problem, residuals.group)
+    chunks = problem.tokens // c
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return empty(like, problem.batch, h, segments[0][1] * problem.mini_batch // c, *shape, dtype=dtype)
+
+    io = like.dtype
+    trace = _trace(like, problem, segments[0][1], backward=True)
+    pulled = Pulled(
+        scratch(f, c, dtype=io), scratch(f, c, dtype=io), scratch(d, c),
+        scratch(f, d, dtype=io), scratch(f), scratch(f, d, dtype=io), scratch(d), scratch(c, d), scratch(c),
+        scratch(f, c, dtype=io), scratch(f, c, dtype=io), scratch(f, c, dtype=io),
+    )  # fmt: skip
+    walked = Walked(scratch(f, c, dtype=io), scratch(d, c), scratch(d, c), scratch(f, d, dtype=io), scratch(f))
+    read, update = (
+        Sums(*(empty(like, problem.batch, h, chunks, size) for size in (c, c, d, d))) for _ in range(2)
+    )
+    gradients = MlpInputs(*(empty(like, *x.shape, dtype=x.dtype) for x in inputs))
+    d_state = Weights(*gradients[7:])
+    known = Weights(*(torch.empty_like(x) for x in d_state)), 1  # where a segment ends: the recurrence says it again
+    launches = []
+    for number, (first, count) in reversed(list(enumerate(segments))):
+        launches.append(_recurrence(residuals, problem, trace, number, known, backward=True))
+        at = _chunks(problem, first, count)
+        given = _given(inputs) | {"trace": trace, "pulled": pulled}
+        arguments = given | {"norm": residuals.norm, "d_out": view(cotangents.out), "d_xq": view(gradients.xq), "sums": read} | at
+        launches.append(_launch(read_out_backward, problem, count, arguments))
+        start = Weights(*cotangents[1:]) if number + 1 == len(segments) else d_state
+        arguments = given | {"start": start, "end": d_state, "walked": walked, "first": first, "count": count, "heads": h}
+        launches.append(_launch(scan, problem, count, arguments))
+        arguments = given | {"walked": walked, "gradients": tokens(*gradients[:4]), "sums": update} | at
+        launches.append(_launch(finish, problem, count, arguments))
+    return gradients, read, update, launches
+
+
+def static_kernels() -> Iterator[TritonKernel]:
+    """Every kernel at the sizes of the named cases."""
+    for mini_batch, causal in ((16, True), (64, True), (64, False)):
+        problem = Problem("mlp", 1, 16 * mini_batch, 32, 64, mini_batch, causal, dtype="bf16")
+        outputs, residuals, launches = plan_forward(meta(MlpInputs, problem), problem, 16)
+        for launch in (*launches, *plan_backward(outputs, residuals, problem)[-1]):
+            yield launch.static("mlp", _SPILLS.get((launch.kernel, mini_batch), 0))
+
+
+# --- Sizes and settings ---
+
+
+class Setting(NamedTuple):
+    """How a kernel is launched: tokens (recurrence, scan) or hidden units of a block, and Triton's options."""
+
+    block: int
+    num_warps: int
+    num_stages: int = 1
+    maxnreg: int | None = None
+
+
+# Measured on an H100 in bf16 at D = 64; a kernel of M <= 16, M <= 32 and above.
+_SETTINGS: dict[str, tuple[Setting, Setting, Setting]] = {
+    "recurrence": (Setting(16, 8), Setting(32, 8), Setting(32, 8)),
+    "scan": (Setting(16, 8), Setting(32, 8), Setting(32, 8)),
+    "read_out": (Setting(64, 4), Setting(64, 4), Setting(64, 4)),
+    "read_out_backward": (Setting(64, 4), Setting(64, 4), Setting(64, 4)),
+    "finish": (Setting(64, 4), Setting(64, 4), Setting(64, 4)),
+}
+_SPILLS: dict[tuple[object, int], int] = {}
+
+
+def setting(kernel: str, problem: Problem) -> Setting:
+    """What a kernel is launched with."""
+    return _SETTINGS[kernel][(problem.mini_batch > 16) + (problem.mini_batch > 32)]
+
+
+def chunk(problem: Problem) -> int:
+    """C: the mini-batches of up to CHUNK tokens together that divide the sequence, or one that is larger."""
+    size = problem.mini_batch
+    while 2 * size <= CHUNK and problem.tokens % (2 * size) == 0:
+        size *= 2
+    return size
+
+
+def workspace_bytes(problem: Problem) -> float:
+    """What the backward's kernels hand to each other, a token of a head."""
+    d, f, c, m = problem.head_dim, problem.hidden, chunk(problem), problem.mini_batch
+    size = 4 if problem.dtype == "fp32" else 2
+    of_token = size * (8 * f + d) + 4 * (6 * d + 6)
+    of_chunk = size * 4 * f * d + 4 * (3 * f + 2 * d)
+    return of_token + of_chunk / c + size * f * d / m
+
+
+def default_group(problem: Problem) -> int:
+    """As many mini-batches as `WORKSPACE` has room for, in segments of about the same size."""
+    ratio, chunks = chunk(problem) // problem.mini_batch, problem.tokens // chunk(problem)
+    of_chunk = workspace_bytes(problem) * problem.batch * problem.heads * chunk(problem)
+    segments = -(-chunks // max(1, int(WORKSPACE // of_chunk)))
+    return -(-chunks // segments) * ratio
+
+
+def saved_bytes(problem: Problem, group: int) -> float:
+    """The bytes of fast weights that the forward saves for a token of a head."""
+    d = problem.head_dim
+    return 4 * (8 * d * d + 5 * d) * (-(-problem.mini_batches // group) - 1) / problem.tokens
+
+
+def _segments(problem: Problem, group: int) -> list[tuple[int, int]]:
+    """(first mini-batch, mini-batches) of every segment; the first is the largest."""
+    n = problem.mini_batches
+    return [(first, min(group, n - first)) for first in range(0, n, group)]
+
+
+def _trace(like: Tensor, problem: Problem, count: int, backward: bool) -> Trace:
+    b, h, d, f, c = problem.batch, problem.heads, problem.head_dim, problem.hidden, chunk(problem)
+    k, io = count * problem.mini_batch // c, like.dtype
+    states = count if backward else k
+    z2 = (k, d, c) if backward else (1, d, 1)
+    return Trace(
+        z1=empty(like, b, h, k, f, c, dtype=io),
+        g_x2=empty(like, b, h, k, f, c, dtype=io),
+        g_z2=empty(like, b, h, k, d, c, dtype=io),
+        w1=empty(like, b, h, k, f, d, dtype=io),
+        b1=empty(like, b, h, k, f),
+        w2=empty(like, b, h, states, f, d, dtype=io),
+        b2=empty(like, b, h, k, d),
+        x_hat=empty(like, b, h, *z2),
+        p=empty(like, b, h, *z2),
+        **{name: empty(like, b, h, z2[0], z2[2]) for name in Trace._fields[9:]},
+    )
+
+
+def _state(saved: tuple[Tensor, ...], number: int) -> tuple[Weights, int]:
+    """The saved state that segment `number` starts with, and how many of them a chain has."""
+    return Weights(*(x[:, :, number - 1] for x in saved)), saved[0].shape[2]
+
+
+def _given(inputs: MlpInputs) -> dict[str, object]:
+    return {"inputs": tokens(*inputs[:4]), "shared": Shared(*inputs[4:7])}
+
+
+def _chunks(problem: Problem, first: int, count: int) -> dict[str, int]:
+    ratio = chunk(problem) // problem.mini_batch
+    return {
+        "first": first // ratio, "chunks": count // ratio, "all_chunks": problem.mini_batches // ratio,
+        "heads": problem.heads,
+    }  # fmt: skip
+
+
+def _recurrence(
+    residuals: Residuals, problem: Problem, trace: Trace, number: int, end: tuple[Weights, int], backward: bool
+) -> Launch:
+    inputs, saved, _, group = residuals
+    first, count = _segments(problem, group)[number]
+    start = _state(saved, number) if number else (Weights(*inputs[7:]), 1)
+    arguments = _given(inputs) | {
+        "start": start[0], "end": end[0], "trace": trace, "start_states": start[1], "end_states": end[1],
+        "first": first, "count": count, "heads": problem.heads,
+    }  # fmt: skip
+    launch = _launch(recurrence, problem, count, arguments)
+    return launch._replace(constants={**launch.constants, "BACKWARD": backward})
+
+
+def _launch(kernel, problem: Problem, count: int, arguments: dict[str, object]) -> Launch:
+    name = kernel.fn.__name__
+    how = setting(name, problem)
+    c = chunk(problem)
+    sizes = {"D": problem.head_dim, "M": problem.mini_batch, "C": c, "CAUSAL": problem.causal, "EPS": problem.eps}
+    options = {"num_warps": how.num_warps} | ({"maxnreg": how.maxnreg} if how.maxnreg else {})
+    programs = problem.batch * problem.heads
+    if name in ("recurrence", "scan"):
+        options["num_stages"] = how.num_stages
+        sizes["BT"] = how.block
+    else:
+        programs *= count * problem.mini_batch // c
+        sizes |= {"BF": min(how.block, problem.hidden), "STAGES": how.num_stages}
+    constants = {key: value for key, value in sizes.items() if key in kernel.arg_names}
+    return Launch(kernel, programs, arguments, constants, options)
+
+
+def _check(tensors, kinds, problem: Problem, device: torch.device | None = None) -> None:
+    """As `check`, and that these kernels solve `problem`."""
+    if reason := offchain_limit(problem):
+        raise ValueError(reason)
+    check(tensors, kinds, problem, device)

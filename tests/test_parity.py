@@ -1,0 +1,133 @@
+"""What parity runs on: numbers handed over in files, copies that nobody changes later, groups, slots and processes."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from harness import environment, jobs, parity, sweep
+from harness.check import TensorCheck
+from harness.frameworks import open_framework
+from harness.grid import Cell
+from harness.parity import Settings
+from harness.worker import Failure
+from implementations.registry import implementations
+from spec.cases import CASES, draw
+from spec.cost import working_bytes
+from spec.problem import DTYPES
+from tests.test_records import parity_row
+
+CASE = CASES["size-d16"]
+ENTRY = implementations()["torch.eager"]
+SETTINGS = Settings(environment.stamp("cpu", "test"), jobs=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_are_handed_over_bit_for_bit(tmp_path, dtype):
+    problem = CASE.problem("mlp", dtype)
+    for tensors in (jobs.save_drawn(CASE, problem, 3, tmp_path), jobs.load_drawn(problem, tmp_path)):
+        for given, loaded in zip(draw(CASE, problem, 3), tensors, strict=True):
+            assert type(given) is type(loaded)
+            assert all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in zip(given, loaded, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_copies_have_the_bits_of_the_arrays_and_stay_as_they_were(name, dtype):
+    inputs, _ = draw(CASE, CASE.problem("linear", dtype))
+    framework = open_framework(name, "cpu")
+    arrays = framework.arrays(inputs, strided=True)
+    copies = framework.copies(arrays)
+    for x, y in zip(inputs, copies, strict=True):
+        assert y.is_contiguous() and x.tobytes() == y.view(torch.uint8).numpy().tobytes()
+    if name == "torch":
+        arrays.xq.zero_()
+        assert copies.xq.view(torch.uint8).numpy().tobytes() == inputs.xq.tobytes()
+
+
+def cells_of(*names: str) -> list[list[Cell]]:
+    return [[Cell(ENTRY, CASES[name], CASES[name].problem("linear", "fp32"), ())] for name in names]
+
+
+class Calls:
+    """In place of a worker process: says how many calls were at work at once, and what they used."""
+
+    def __init__(self, seconds, fails=()):
+        self.seconds, self.fails = seconds, list(fails)
+        self.at_once, self.most, self.lock, self.stopped = 0, 0, threading.Lock(), 0
+
+    def call(self, function, *arguments, timeout):
+        with self.lock:
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+        time.sleep(self.seconds)
+        with self.lock:
+            self.at_once -= 1
+        if self.fails:
+            raise self.fails.pop()
+        return None if function is jobs.save_truth else [TensorCheck("out", 0.0, 0.0, (0,), 1.0)]
+
+    def stop(self):
+        self.stopped += 1
+
+    def close(self):
+        pass
+
+
+def test_a_group_is_yielded_when_it_is_done_and_no_file_is_left(monkeypatch, tmp_path):
+    monkeypatch.setattr(parity, "_room", lambda: tmp_path)
+    names = ["size-d16", "stress-tiny", "stress-large", "stress-strided"]
+
+    class Slow(Calls):
+        def call(self, function, case, *arguments, timeout):
+            self.seconds = 1.0 if "size-d16" in str((case, arguments)) else 0.0
+            return super().call(function, case, *arguments, timeout=timeout)
+
+    monkeypatch.setattr(parity, "Worker", lambda environment: Slow(0))
+    monkeypatch.setitem(parity._PROCESSES, "cpu", 2)
+    found = [cell.case.name for cell, _ in parity.run(cells_of(*names), SETTINGS)]
+    assert sorted(found) == sorted(names) and found[-1] == "size-d16"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_takes_more_of_the_memory_takes_more_of_the_slots(monkeypatch):
+    calls = Calls(0.05)
+    monkeypatch.setattr(parity, "Worker", lambda environment: calls)
+    monkeypatch.setitem(parity._PROCESSES, "cpu", 8)
+    monkeypatch.setitem(parity._GROUPS, "cpu", 8)
+    names = ["size-d16", "stress-tiny", "stress-large", "stress-strided"]
+    assert len(list(parity.run(cells_of(*names), SETTINGS))) == 4 and calls.most == 4
+    calls.most = 0
+    monkeypatch.setattr(parity._Runner, "_slots_of", lambda self, problem: 2)
+    assert len(list(parity.run(cells_of(*names), SETTINGS))) == 4 and calls.most == 2
+
+
+def test_out_of_memory_is_tried_again_alone_on_a_gpu_only(monkeypatch):
+    for device, tried in (("cpu", 1), ("cuda", 2)):
+        stamp = environment.Stamp("run", device, "", "", "", "", "", "")
+        runner = object.__new__(parity._Runner)
+        runner.settings = Settings(stamp, jobs=2)
+        runner._slots, runner._waiting_for_several = threading.Semaphore(2), threading.Lock()
+        calls = Calls(0, [Failure("oom", "80 GiB")])
+        found = runner._call(calls, CASE.problem("linear", "fp32"), jobs.check)
+        assert isinstance(found, Failure) == (tried == 1) and calls.stopped == tried - 1
+
+
+def test_the_memory_that_a_check_takes_is_known_roughly():
+    problem = CASES["lm-1.3b"].problem("mlp", "bf16")
+    assert 3.04e9 / 2 < working_bytes(problem) < 2 * 3.04e9  # measured: torch.eager, forward and backward, on an H100
+    assert working_bytes(CASES["lm-1.3b-long"].problem("mlp", "bf16")) == 4 * working_bytes(problem)
+
+
+def test_a_first_call_is_that_of_the_check(tmp_path):
+    rows = [parity_row(tensor="out", first_call_s=2.0), parity_row(tensor="d_xq", first_call_s=3.0)]
+    assert [sweep._first_call_s(rows, name) for name in ("forward", "backward", "forward_backward")] == [2.0, 3.0, 5.0]
+    assert sweep._first_call_s(rows[:1], "backward") is None and sweep._first_call_s([], "forward") is None
+
+
+def test_compilers_keep_what_they_made_in_the_folder_of_the_run(tmp_path):
+    caches = parity.compiler_caches(tmp_path)
+    assert all(value == "0" or value.startswith(str(tmp_path)) for value in caches.values()) and len(caches) == 5
