@@ -506,11 +506,7 @@ __global__ void __launch_bounds__(TTT_THREADS, 1) linear_backward(const __grid_c
             Weights<F> weights;
             weights.restore(a.saved + (chain * segments + segment) * (D * (D + 1)), warp);
             KeepForReverse<F> keep = {{scratch}};
-            
-#ifdef TTT_AHEAD
-        if constexpr (CAUSAL && M == 16) recurrence_ahead(forth, weights, warp, steps, keep); else
-#endif
-        recurrence(forth, weights, warp, steps, keep);
+            run_recurrence(forth, weights, warp, steps, keep);
         } else {
             Again<F> work = {{forth}, xq, xk, xv, lr, d_out, {a.d_xq, chain, h, token}, {scratch}};
             work.start();
