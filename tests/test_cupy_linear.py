@@ -82,9 +82,10 @@ def test_threads_in_the_opposite_order_give_the_same_bits(monkeypatch):
 @pytest.mark.parametrize(
     "old, new, wrong",
     [
-        # The inner gradient without its projection; the update that a second mini-batch must see; one reader's rows.
-        ("mine.along = along_x2 + ", "mine.along = ", {"out", "final_w1"}),
-        ("weights.add_bias(bias);\n        if", "if", {"final_b1"}),
+        # The inner gradient without half of its projection; what the next mini-batch must see; what b1 must.
+        ("along_x2 + rstd * (sums[4]", "rstd * (sums[4]", {"out", "final_w1"}),
+        ("mma<T>(rise[h], keys, step_before[h], step_before[2 + h]);", "(void)keys;", {"out", "final_w1"}),
+        ("weights.b[h][j] += gradient.bias[h][j];", "", {"final_b1"}),
     ],
 )
 def test_a_fault_in_the_kernel_shows(monkeypatch, tmp_path, old, new, wrong):

@@ -238,6 +238,8 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
     const int g = row_in_tile(), t = column_in_tile(), first = 16 * warp;
     const float eta_last = at.token_eta()[M - 1];
     const Columns<P> columns(at, first);
+    // Whether what does not wait for d_w1 comes before it: where a tile of it fits into registers, once.
+    constexpr bool EARLY = TILES == 1 && P::THREADS <= 256;
     float d_ln_weight[2][2] = {}, d_ln_bias[2][2] = {}, d_eta_last = 0.0f;
     float bias[2][2] = {};  // what the last step adds to d_b1, in parts
     float gamma_squared[2][2];
@@ -283,7 +285,7 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
         x.load(xk, 0);
 #pragma unroll
         for (int m = 0; m < TILES; m++) columns.less_target(at, stage, m, first, rest[m]);
-        if (TILES == 1) load(0);  // all that does not wait for d_w1 comes before it
+        if (EARLY) load(0);
         if (!P::CAUSAL) {
 #pragma unroll
             for (int m = 0; m < TILES; m++) d_weights.add(d_z1_bar, first, xq, 16 * m);
@@ -296,7 +298,7 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
 
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            if (TILES > 1) load(m);
+            if (!EARLY) load(m);
             float sums[2][6];  // of q, q x_hat, q g, gamma^2 q, gamma^2 q x_hat
 #pragma unroll
             for (int r = 0; r < 2; r++) {
@@ -344,7 +346,7 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
         const OfTokens<P, decltype(work_out)> of_tokens(at, warp, work_out);
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            if (TILES > 1) inner.load(at, columns, rest[m], stage, m, warp);
+            if (!EARLY) inner.load(at, columns, rest[m], stage, m, warp);
             float4 of[2];
             of_tokens.get(m, of);
             uint32_t d_z1[2][2], d_xv[2][2];
@@ -442,10 +444,14 @@ template <typename P> struct Reverse {
     TTT_INLINE void read(int step, int slot, int stage, int, int row) const {
         const int n = last - step, g = row_in_tile(), t = column_in_tile();
         float z[D / 8][4] = {};
-        uint32_t x[D / 16][4];
-        load_operand(x, at.g(slot), row);
-#pragma unroll
-        for (int k = 0; k < D / 16; k++) add_product_16(z, x[k], at.w(slot), 16 * k);  // g_z1 d_w1'^T
+        // Products whose operands are loaded together: those of w1 come from the L2 cache, and all at once if they fit.
+        constexpr int AT_ONCE = P::THREADS <= 256 ? D / 16 : 2;
+        uint32_t x[4];
+#pragma unroll AT_ONCE
+        for (int k = 0; k < D / 16; k++) {  // g_z1 d_w1'^T
+            ldmatrix_x4(x, at.g(slot).by_columns(row, 16 * k));
+            add_product_16(z, x, at.w(slot), 16 * k);
+        }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float factor = -at.token_eta()[M - 1] * at.lr(stage)[row + g + 8 * r];
@@ -455,16 +461,17 @@ template <typename P> struct Reverse {
                 z[j][2 * r] = factor * z[j][2 * r] - d_xv.x, z[j][2 * r + 1] = factor * z[j][2 * r + 1] - d_xv.y;
             }
         }
-        load_operand(x, at.d_z1(slot), row);
         const uint4* w = scratch.of(n).w() + lane_id();
+#pragma unroll AT_ONCE
+        for (int k = 0; k < D / 16; k++) {  // d_z1 w1^T
+            ldmatrix_x4(x, at.d_z1(slot).by_columns(row, 16 * k));
 #pragma unroll
-        for (int k = 0; k < D / 16; k++)
-#pragma unroll
-            for (int j = 0; j < D / 8; j += 2) {  // d_z1 w1^T
+            for (int j = 0; j < D / 8; j += 2) {
                 const uint4 r = w[(k * (D / 16) + j / 2) * 32];
-                mma<T>(z[j], x[k], r.x, r.y);
-                mma<T>(z[j + 1], x[k], r.z, r.w);
+                mma<T>(z[j], x, r.x, r.y);
+                mma<T>(z[j + 1], x, r.z, r.w);
             }
+        }
         if (P::CAUSAL)
             for (int query = row; query < M; query += 16) {  // d_attn^T xq
                 uint32_t s[4];

@@ -648,9 +648,10 @@ TTT_INLINE void recurrence_ahead(const P& at, Weights<P>& weights, int warp, int
     weights.add(step_before, before, 0);
 }
 
+// More than 8 warps have 168 registers a thread, in which the second one spills.
 template <typename P, typename Keep>
 TTT_INLINE void run_recurrence(const P& at, Weights<P>& weights, int warp, int mini_batches, Keep& keep) {
-    if constexpr (P::CAUSAL && P::TILES == 1)
+    if constexpr (P::CAUSAL && P::TILES == 1 && P::THREADS <= 256)
         recurrence_ahead(at, weights, warp, mini_batches, keep);
     else
         recurrence(at, weights, warp, mini_batches, keep);
