@@ -35,7 +35,7 @@ class Rings(NamedTuple):
 
 # By M: the first that fits is taken. At D = 96 a third team would leave each thread 168 registers, and they spill.
 _FORWARD = {
-    16: (Ring(4, 1, 3), Ring(3, 1, 3), Ring(2, 1, 3)),
+    16: (Ring(4, 1, 3), Ring(3, 1, 3), Ring(2, 2, 5), Ring(2, 1, 3)),
     32: (Ring(2, 2, 5), Ring(2, 1, 3), Ring(1, 1, 3), Ring(1, 1, 2)),
     64: (Ring(1, 2, 5), Ring(1, 2, 4), Ring(1, 1, 3), Ring(1, 1, 2)),
     128: (Ring(1, 1, 3), Ring(1, 1, 2)),
