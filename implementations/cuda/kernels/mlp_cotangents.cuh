@@ -171,14 +171,6 @@ TTT_INLINE void pin(int& x) {
 #endif
 }
 
-// z [16, 32 f] = b [f]
-TTT_INLINE void start_columns(float (&z)[FT][4], const float* b, int t) {
-#pragma unroll
-    for (int k = 0; k < FT; k++) {
-        Two x = *reinterpret_cast<const Two*>(b + 8 * k + 2 * t);
-        z[k][0] = z[k][2] = x.x[0], z[k][1] = z[k][3] = x.x[1];
-    }
-}
 TTT_INLINE void add_columns(float (&sums)[2 * FT], const float (&z)[FT][4]) {
 #pragma unroll
     for (int k = 0; k < FT; k++) sums[2 * k] += z[k][0] + z[k][2], sums[2 * k + 1] += z[k][1] + z[k][3];
