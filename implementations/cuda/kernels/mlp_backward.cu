@@ -29,6 +29,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     using W = Work<D, M>;
     constexpr int CHUNKS = M / CHUNK, F = S::F, ROW = S::ROW, STAGES = Shared::STAGES;
     constexpr bool AHEAD = Shared::AHEAD;
+    constexpr int PAIR = SPLIT == 2 && CHUNKS > 1 ? 2 : 1;  // chunks whose products overlap in time
     constexpr int TOGETHER = CHUNKS < 2 * SPLIT ? CHUNKS : 2 * SPLIT;  // chunks that are loaded before one is stored
     TTT_SHARED(memory);
     auto& s = *reinterpret_cast<Shared*>(memory);
@@ -147,13 +148,17 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
         }
     };
     int turn = 0;
-    auto sum_warps = [&](const float(&part)[D / 8][4], bool wait = (M > CHUNK)) {
-        float* buffer = s.partials[turn];
-        turn = (turn + 1) % Shared::SUMS;
-        if (Shared::SUMS == 1 && wait) sync();  // the last sum has been read
-        store_partial<D>(buffer + warp * S::PARTIAL, part, lane);
+    // A sum over warps: every warp posts its part, and behind a barrier takes the sum, where its place is. What it does in
+    // between fills the time until all have come. `wait`: the last sum may still be being taken.
+    auto post = [&](const float(&part)[D / 8][4], bool wait = (M > CHUNK)) {
+        if (Shared::SUMS == 1 && wait) sync();
+        store_partial<D>(s.partials[turn] + warp * S::PARTIAL, part, lane);
+    };
+    auto take = [&] {
         sync();
-        return sum_partials<D>(buffer, at);
+        const Four sum = sum_partials<D>(s.partials[turn], at);
+        turn = (turn + 1) % Shared::SUMS;
+        return sum;
     };
     // Of row `row` of mini-batch n: four d of what is there.
     auto norm_of = [&](int n, int row) {
@@ -272,22 +277,29 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     sync();
                     float step_b1[2 * FT] = {};
 #pragma unroll 1
-                    for (int c = 0; c < CHUNKS; c++) {
+                    for (int c = 0; c < CHUNKS; c += PAIR) {
                         if (CHUNKS > 1) refresh();
-                        float z1[FT][4], g_z1[FT][4] = {};
-                        start_columns(z1, b1, t);
-                        times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
-                        times_second_t<T, D>(g_z1, s.g_z2[0], CHUNK * c, w2_t, lane);
-                        const float step[2] = {-eta_last * lr_n[CHUNK * c + g], -eta_last * lr_n[CHUNK * c + g + 8]};
+                        float z1[PAIR][FT][4], g_z1[PAIR][FT][4] = {};
 #pragma unroll
-                        for (int e = 0; e < 4 * FT; e++) {
-                            const Gelu y = gelu_first(z1[e / 4][e % 4]);
-                            z1[e / 4][e % 4] = y.value;
-                            g_z1[e / 4][e % 4] *= y.first * step[e / 2 % 2];
+                        for (int p = 0; p < PAIR; p++) {
+                            start_columns(z1[p], b1, t);
+                            times_first<T, D>(z1[p], xk_tile, CHUNK * (c + p), w1_r, lane);
+                            times_second_t<T, D>(g_z1[p], s.g_z2[0], CHUNK * (c + p), w2_t, lane);
                         }
-                        add_columns(step_b1, g_z1);
-                        update_first<T, D>(w1, transpose(round_columns<T>(g_z1)), xk_tile, CHUNK * c, lane);
-                        update_second<T, D>(w2, transpose(round_columns<T>(z1)), s.d_z2, CHUNK * c, lane);
+#pragma unroll
+                        for (int p = 0; p < PAIR; p++) {
+                            const int row = CHUNK * (c + p);
+                            const float step[2] = {-eta_last * lr_n[row + g], -eta_last * lr_n[row + g + 8]};
+#pragma unroll
+                            for (int e = 0; e < 4 * FT; e++) {
+                                const Gelu y = gelu_first(z1[p][e / 4][e % 4]);
+                                z1[p][e / 4][e % 4] = y.value;
+                                g_z1[p][e / 4][e % 4] *= y.first * step[e / 2 % 2];
+                            }
+                            add_columns(step_b1, g_z1[p]);
+                            update_first<T, D>(w1, transpose(round_columns<T>(g_z1[p])), xk_tile, row, lane);
+                            update_second<T, D>(w2, transpose(round_columns<T>(z1[p])), s.d_z2, row, lane);
+                        }
                     }
                     sync_warp();  // every lane has read b1
                     const float step = sum_columns(step_b1, lane);
@@ -554,11 +566,13 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                             times_rows<T, D>(part, p, xk_tile, CHUNK * j, lane);
                             work_attn(number) = {p[0], p[1], p[2], p[3]};
                         }
-                    } else {
+                    }
+                    post(part);
+                    if (!CAUSAL) {
                         update_first<T, D>(d_w1, d_z1_bar_t, xq_tile, CHUNK * c, lane);
                         update_second<T, D>(d_w2, x2_bar_t, d_z2_bar_tile, CHUNK * c, lane);
                     }
-                    const Four sum = sum_warps(part);
+                    const Four sum = take();
                     if (SPLIT == 1) write_d_xq(sum, c);
                     else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = sum;
                     else other->sent[CHUNKS + c / 2][thread] = sum;
@@ -674,13 +688,14 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     const Columns d_g_x2 = round_columns<T>(pulled1);
                     keep(slot(G_X2, c), d_g_x2, lane);
                     times_second<T, D>(part, d_g_x2, second_r_of(n - begin));
+                    post(part, true);
                     if (SPLIT == 1) {
                         const Norm norm = norm_of(n, CHUNK * c + at.token);
                         const Four error = inner_error(norm, n, CHUNK * c + at.token);
-                        second_order(sum_warps(part, true), c, norm, error);
+                        second_order(take(), c, norm, error);
                         continue;
                     }
-                    const Four d_g = sum_warps(part, true);
+                    const Four d_g = take();
                     s.mine[c][thread] = d_g, other->sent[c][thread] = d_g;
                 }
             }
@@ -761,7 +776,11 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                         }
                     }
                     if (AHEAD && n > begin) arrived(n - 1);  // the sum's barrier is behind it
-                    const Four sum = sum_warps(part);
+                    post(part);
+                    update_second<T, D>(d_w2, transpose(kept(slot(X2, c), lane)), s.d_z2, CHUNK * c, lane);
+                    update_second<T, D>(d_w2, transpose(kept(slot(G_X2, c), lane)), g_z2_tile, CHUNK * c, lane);
+                    if (CAUSAL) update_second<T, D>(d_w2, kept(slot(X2_BAR, c), lane), d_z2_bar_tile, CHUNK * c, lane);
+                    const Four sum = take();
                     if (SPLIT == 1) write_d_xk(sum, c);
                     else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = sum;
                     else other->sent[CHUNKS + Shared::HALF + c / 2][thread] = sum;
@@ -769,18 +788,13 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             }
 
             refresh();
-            // Weights.
+            // Weights of the first layer: those of the second are done.
             if (n > begin) fetch_weights(n - 1 - begin);
             if (AHEAD && n > begin) norms(n - 1);
 #pragma unroll 1
             for (int c = 0; c < CHUNKS; c++) {
                 update_first<T, D>(d_w1, kept(slot(Z1, c), lane), xk_tile, CHUNK * c, lane);
-                update_second<T, D>(d_w2, transpose(kept(slot(X2, c), lane)), s.d_z2, CHUNK * c, lane);
-                update_second<T, D>(d_w2, transpose(kept(slot(G_X2, c), lane)), g_z2_tile, CHUNK * c, lane);
-                if (CAUSAL) {
-                    update_first<T, D>(d_w1, kept(slot(D_Z1_BAR, c), lane), xq_tile, CHUNK * c, lane);
-                    update_second<T, D>(d_w2, kept(slot(X2_BAR, c), lane), d_z2_bar_tile, CHUNK * c, lane);
-                }
+                if (CAUSAL) update_first<T, D>(d_w1, kept(slot(D_Z1_BAR, c), lane), xq_tile, CHUNK * c, lane);
             }
             const float step = sum_columns(step_b1, lane) + (CAUSAL ? read_b1_sum : 0.0f);
             if (owns_column(lane)) d_b1[column_of(lane)] += step;
