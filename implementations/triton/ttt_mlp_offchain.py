@@ -128,6 +128,7 @@ def plan_backward(
         scratch(f, c, dtype=io), scratch(f, c, dtype=io), scratch(d, c),
         scratch(f, d, dtype=io), scratch(f), scratch(f, d, dtype=io), scratch(d), scratch(c, d), scratch(c),
         scratch(f, c, dtype=io), scratch(f, c, dtype=io), scratch(f, c, dtype=io),
+        scratch(c, d), scratch(c), scratch(c), scratch(c), scratch(c),
     )  # fmt: skip
     walked = Walked(
         scratch(f, c, dtype=io), scratch(d, c), scratch(d, c), scratch(f, d, dtype=io), scratch(f),
@@ -192,7 +193,7 @@ _SETTINGS: dict[str, tuple[Setting, Setting, Setting]] = {
     "recurrence": (Setting(16, 8), Setting(32, 8), Setting(32, 8)),
     "scan": (Setting(16, 8), Setting(32, 8), Setting(32, 8)),
     "read_out": (Setting(32, 4, 3), Setting(32, 4, 3), Setting(32, 4, 3)),
-    "read_out_backward": (Setting(64, 4, 2), Setting(64, 4, 2), Setting(64, 4, 2)),
+    "read_out_backward": (Setting(32, 4, 2), Setting(32, 4, 2), Setting(32, 4, 2)),
     "finish": (Setting(64, 4, 2), Setting(64, 4, 2), Setting(64, 4, 2)),
 }
 _SPILLS: dict[tuple[object, int], int] = {}
@@ -262,8 +263,7 @@ def _trace(like: Tensor, problem: Problem, count: int, backward: bool) -> Trace:
         w2=empty(like, b, h, states, f, d, dtype=io),
         b2=empty(like, b, h, k, d),
         x_hat=empty(like, b, h, *z2),
-        p=empty(like, b, h, *z2),
-        **{name: empty(like, b, h, z2[0], z2[2]) for name in Trace._fields[9:]},
+        rstd=empty(like, b, h, z2[0], z2[2]),
     )
 
 
