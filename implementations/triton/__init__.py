@@ -47,7 +47,7 @@ ENTRIES = (
     Implementation(
         "triton.best",
         "torch",
-        {"linear": "implementations.triton.best_linear", "mlp": "implementations.triton.ttt_mlp"},
+        {"linear": "implementations.triton.best_linear", "mlp": "implementations.triton.best_mlp"},
         dtypes=DTYPES,
         requires=("triton",),
         supports=_limit,
