@@ -118,9 +118,21 @@ for group in (4, 2, 3):
     outputs, residuals = page.forward(inputs, problem, group)
     results.append((*outputs, *page.backward(cotangents, residuals, problem)))
     near = all((x - y).abs().max() <= 1e-5 * y.abs().max() for x, y in zip(results[-1], results[0]))
-    print(tuple(residuals.saved_w1.shape), near)
+    saved = (residuals.saved_w1.nbytes + residuals.saved_b1.nbytes) / problem.tokens
+    print(tuple(residuals.saved_w1.shape), near, saved == page.saved_bytes(problem, group))
 """
-    assert interpreted(code) == [f"({segments}, 1, 1, 16, 16) True" for segments in (0, 1, 1)]
+    assert interpreted(code) == [f"({segments}, 1, 1, 16, 16) True True" for segments in (0, 1, 1)]
+
+
+@needs_triton
+def test_what_a_backward_of_the_split_holds():
+    from implementations.triton import split_linear
+
+    problem = CASES["lm-1.3b-long"].problem("linear", "bf16")
+    held = [split_linear.workspace_bytes(problem, group) for group in (64, 256, 1024)]
+    assert held == pytest.approx([held[1] / 4, held[1], 4 * held[1]], rel=0.02)  # two segments' worth
+    assert split_linear.default_group(problem) == 256
+    assert 320 < held[1] < 340
 
 
 @needs_triton

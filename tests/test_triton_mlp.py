@@ -73,7 +73,6 @@ def test_right_against_the_oracle(worker, dtype, changes, tmp_path):
         ("bf16", {"heads": 2, "tokens": 64, "strided": True}),  # one chunk of four mini-batches
         ("bf16", {"tokens": 96, "causal": False}),  # three chunks of two
         ("fp16", {"tokens": 16}),
-        ("bf16", {"tokens": 64, "mini_batch": 64}),  # in two blocks
     ],
     ids=str,
 )

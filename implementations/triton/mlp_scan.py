@@ -84,6 +84,7 @@ def scan(
     hidden = f[:, None] * C + m[None, :]
     row = d[:, None] * C + m[None, :]
     across = d[None, :] * C + m[:, None]
+    natural = m[:, None] * D + d[None, :]
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = tl.load(shared.ln_weight + head * D + d)
     mean_gamma2 = tl.sum(ln_weight * ln_weight) * (1.0 / D)
@@ -136,12 +137,12 @@ def scan(
         curve = tl.load(pulled.curve + at_f + hidden)
         d_g_z2 = tl.load(pulled.d_g_z2 + at_d + across)  # [M, D]
         x_hat = tl.load(trace.x_hat + at_d + across)
-        p = tl.load(trace.p + at_d + across)
+        p = tl.load(pulled.p + (chunk * C + column) * D + natural)
         rstd = tl.load(trace.rstd + token)[:, None]
-        mean_p = tl.load(trace.mean_p + token)[:, None]
-        along_p = tl.load(trace.along_p + token)[:, None]
-        mean1 = tl.load(trace.mean1 + token)[:, None]
-        mean2 = tl.load(trace.mean2 + token)[:, None]
+        mean_p = tl.load(pulled.mean_p + token)[:, None]
+        along_p = tl.load(pulled.along_p + token)[:, None]
+        mean1 = tl.load(pulled.mean1 + token)[:, None]
+        mean2 = tl.load(pulled.mean2 + token)[:, None]
         eta_lr = eta_last * lr
 
         pulled1 = matmul(d_w1_rows, tl.trans(xk), DTYPE, "ieee") + d_b1_rows[:, None]  # [F, D] @ [D, M]

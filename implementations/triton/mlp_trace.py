@@ -44,13 +44,8 @@ class Trace(NamedTuple):
     b1: Any  # [B H K F], fp32
     w2: Any  # [B H K F D]; for the backward at the start of every mini-batch, [B H K C/M F D]
     b2: Any  # [B H K D], fp32
-    x_hat: Any  # [B H K D C], fp32, of z2; for the backward alone, as all that follows
-    p: Any  # [B H K D C], fp32, ln_weight (LN(z2) - (xv - xk))
-    rstd: Any  # [B H K C], fp32, as the next four
-    mean_p: Any
-    along_p: Any  # mean of p x_hat
-    mean1: Any  # mean of ln_weight^2 x_hat
-    mean2: Any  # mean of ln_weight^2 x_hat^2
+    x_hat: Any  # [B H K D C], fp32, of z2; for the backward alone, as the next one
+    rstd: Any  # [B H K C], fp32
 
 
 @triton.jit
@@ -220,12 +215,7 @@ def recurrence(
         if BACKWARD:
             token = chunk * C + column + m
             tl.store(trace.x_hat + at_d + row, x_hat)
-            tl.store(trace.p + at_d + row, p)
             tl.store(trace.rstd + token, rstd)
-            tl.store(trace.mean_p + token, mean_p)
-            tl.store(trace.along_p + token, along_p)
-            tl.store(trace.mean1 + token, mean1)
-            tl.store(trace.mean2 + token, mean2)
         if BLOCKS == 1:
             w1_start = nearest(w1, DTYPE)
             w2_start = tl.trans(nearest(w2, DTYPE))

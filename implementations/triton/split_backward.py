@@ -176,7 +176,7 @@ def split_reverse_recurrence(
         d_z1 = rstd * rstd * (scaled - q * v - a * y - (w_v - a * q1) - x_hat * (v_y - a * q3))
         d_z1 = inside_d(d_z1, D, BLOCK_D, TURN)
         d_w = multiply_add(d_z1 if TURN else tl.trans(d_z1), xk, d_w, 1.0, DTYPE, PRECISION)
-        d_b = bias_add(d_b, d_z1, 1.0, M, TURN, DTYPE, PRECISION)
+        d_b = bias_add(d_b, d_z1, 1.0, TURN)
         if not AFTER and i % R == 0:
             d_w += read_w
             d_b += bias_start(read_b, M, BLOCK_D, TURN)

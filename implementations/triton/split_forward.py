@@ -36,7 +36,7 @@ class Segment(NamedTuple):
 class Kept(NamedTuple):
     """Pointers to what the second order needs of the inner LayerNorm of each token."""
 
-    x_hat: Any  # [B H, tokens, D] I/O dtype
+    x_hat: Any  # [B H, tokens, D]
     y: Any  # [B H, tokens, D] I/O dtype
     five: Any  # [B H, mini-batches, 8, M]: lr, rstd, q, q1, q3
 
@@ -146,9 +146,7 @@ def store_five(p, a, b, c, d, e, at, M: tl.constexpr, BLOCK_D: tl.constexpr, TUR
         tl.store(p + at + tl.arange(0, 8)[:, None] * M + tl.arange(0, M)[None, :], x)
 
 
-# A bias is the sum of something over tokens. The tokens of [D, M] lie in few threads of each warp, and a product with
-# ones sums them where the next z1 wants it: there the loop holds [D, M], one column for every token. Those of [M, D]
-# lie in all warps: there it holds [D].
+# Where the loop holds [D, M], a bias is held for every token, as z1 lies; where it holds [M, D], it is one row.
 
 
 @triton.jit
@@ -170,15 +168,9 @@ def bias_row(b, TURN: tl.constexpr):
 
 
 @triton.jit
-def bias_add(
-    b, x, scale, M: tl.constexpr, TURN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def bias_add(b, x, scale, TURN: tl.constexpr):
     """b + scale (sum of x over tokens)."""
-    if TURN:
-        b = multiply_add(x, nearest(tl.full([M, M], 1.0, tl.float32), DTYPE), b, scale, DTYPE, PRECISION)
-    else:
-        b += scale * tl.sum(x, 0)
-    return b
+    return b + scale * tl.sum(x, 1, keep_dims=True) if TURN else b + scale * tl.sum(x, 0)
 
 
 @triton.jit
@@ -267,7 +259,7 @@ def split_recurrence(
             store_rows(kept.y, turn(2.0 * rstd * scaled + c, TURN), row, D, BLOCK_D, M)
             store_five(kept.five, lr, rstd, q, 2.0 * half_q1, w_x_x + 3.0 * q, wide(row) * 8, M, BLOCK_D, TURN)
         w = multiply_add(lr_g if TURN else tl.trans(lr_g), xk, w, -eta_last, DTYPE, PRECISION)
-        b = bias_add(b, lr_g, -eta_last, M, TURN, DTYPE, PRECISION)
+        b = bias_add(b, lr_g, -eta_last, TURN)
     slot = chain * (chunks + 1) + chunks
     row_b = bias_row(b, TURN)
     store_matrix(segment.w, w, slot, D, BLOCK_D)

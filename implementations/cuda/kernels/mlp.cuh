@@ -150,6 +150,15 @@ TTT_INLINE void load_b_trans(uint32_t (&b)[4], const T* tile, int row, int col, 
     ldmatrix_x4(b, tile + (row + lane % 8 + lane / 16 * 8) * ROW + col + lane / 8 % 2 * 8);
 }
 
+// z [16, SLICE f] = b [f]
+TTT_INLINE void start_columns(float (&z)[FT][4], const float* b, int t) {
+#pragma unroll
+    for (int k = 0; k < FT; k++) {
+        Two x = *reinterpret_cast<const Two*>(b + 8 * k + 2 * t);
+        z[k][0] = z[k][2] = x.x[0], z[k][1] = z[k][3] = x.x[1];
+    }
+}
+
 // --- Products; each adds to its first argument ---
 
 // z [16, SLICE f] += x [16, D] w1: x are 16 rows of a tile.

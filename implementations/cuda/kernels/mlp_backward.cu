@@ -29,6 +29,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     using W = Work<D, M>;
     constexpr int CHUNKS = M / CHUNK, F = S::F, ROW = S::ROW, STAGES = Shared::STAGES;
     constexpr bool AHEAD = Shared::AHEAD;
+    constexpr int PAIR = SPLIT == 2 && CHUNKS > 1 ? 2 : 1;  // chunks whose products overlap in time
     constexpr int TOGETHER = CHUNKS < 2 * SPLIT ? CHUNKS : 2 * SPLIT;  // chunks that are loaded before one is stored
     TTT_SHARED(memory);
     auto& s = *reinterpret_cast<Shared*>(memory);
@@ -125,12 +126,15 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             if (both) next_rstd_bar = s.base.rstd_bar[first + thread];
         }
     };
-    auto fetched = [&](int n) {
+    auto arrived = [&](int n) {  // and a barrier behind it: `fetched`
         copy_async_wait<0>();
         if (thread < M) {
             const int stage = n % STAGES;
             s.lr[stage][thread] = next_lr, s.rstd[stage][thread] = next_rstd, s.rstd_bar[stage][thread] = next_rstd_bar;
         }
+    };
+    auto fetched = [&](int n) {
+        arrived(n);
         sync();
     };
     auto fetch_weights = [&](int k) {
@@ -144,13 +148,17 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
         }
     };
     int turn = 0;
-    auto sum_warps = [&](const float(&part)[D / 8][4], bool wait = (M > CHUNK)) {
-        float* buffer = s.partials[turn];
-        turn = (turn + 1) % Shared::SUMS;
-        if (Shared::SUMS == 1 && wait) sync();  // the last sum has been read
-        store_partial<D>(buffer + warp * S::PARTIAL, part, lane);
+    // A sum over warps: every warp posts its part, and behind a barrier takes the sum, where its place is. What it does in
+    // between fills the time until all have come. `wait`: the last sum may still be being taken.
+    auto post = [&](const float(&part)[D / 8][4], bool wait = (M > CHUNK)) {
+        if (Shared::SUMS == 1 && wait) sync();
+        store_partial<D>(s.partials[turn] + warp * S::PARTIAL, part, lane);
+    };
+    auto take = [&] {
         sync();
-        return sum_partials<D>(buffer, at);
+        const Four sum = sum_partials<D>(s.partials[turn], at);
+        turn = (turn + 1) % Shared::SUMS;
+        return sum;
     };
     // Of row `row` of mini-batch n: four d of what is there.
     auto norm_of = [&](int n, int row) {
@@ -184,6 +192,36 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     auto times_gamma = [&](const Four& x) {
         const Four gamma = *reinterpret_cast<const Four*>(s.gamma + at.d);
         return Four{x.x[0] * gamma.x[0], x.x[1] * gamma.x[1], x.x[2] * gamma.x[2], x.x[3] * gamma.x[3]};
+    };
+
+    // Norms: d_z2_bar of a mini-batch, its sum over tokens, and g_z2 again.
+    float read_b2[4];
+    auto norms = [&](int n) {
+        const int turn = n % Shared::NORMS;
+        for (int i = 0; i < 4; i++) read_b2[i] = 0;
+#pragma unroll 1
+        for (int first = 0; first < CHUNKS; first += TOGETHER) {
+            Norm norm_bar[TOGETHER], norm[TOGETHER];
+            Four d_y[TOGETHER], error[TOGETHER];
+#pragma unroll
+            for (int c = 0; c < TOGETHER; c++) {
+                const int row = CHUNK * (first + c) + at.token;
+                norm_bar[c] = norm_bar_of(n, row), norm[c] = norm_of(n, row);
+                d_y[c] = d_out_of(n, row), error[c] = inner_error(norm[c], n, row);
+            }
+#pragma unroll
+            for (int c = 0; c < TOGETHER; c++) {
+                const int at_row = (CHUNK * (first + c) + at.token) * ROW + at.d;
+                const Four d_z2_bar = project<D>(times_gamma(d_y[c]), norm_bar[c]);
+                for (int i = 0; i < 4; i++) {
+                    s.d_gamma[thread].x[i] += d_y[c].x[i] * norm_bar[c].x_hat[i];
+                    s.d_beta[thread].x[i] += d_y[c].x[i];
+                    read_b2[i] += d_z2_bar.x[i];
+                }
+                store_four(s.d_z2_bar[turn] + at_row, d_z2_bar.x);
+                store_four(s.g_z2[turn] + at_row, project<D>(times_gamma(error[c]), norm[c]).x);
+            }
+        }
     };
 
     sync();
@@ -231,7 +269,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                         for (int c = 0; c < TOGETHER; c++) {
                             const int row = CHUNK * (first + c) + at.token;
                             Four g_z2 = project<D>(times_gamma(error[c]), norm[c]);
-                            store_four(s.g_z2 + row * ROW + at.d, g_z2.x);
+                            store_four(s.g_z2[0] + row * ROW + at.d, g_z2.x);
                             for (int i = 0; i < 4; i++) g_z2.x[i] *= -eta_last * lr_n[row];
                             store_four(s.d_z2 + row * ROW + at.d, g_z2.x);
                         }
@@ -239,22 +277,29 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     sync();
                     float step_b1[2 * FT] = {};
 #pragma unroll 1
-                    for (int c = 0; c < CHUNKS; c++) {
+                    for (int c = 0; c < CHUNKS; c += PAIR) {
                         if (CHUNKS > 1) refresh();
-                        float z1[FT][4], g_z1[FT][4] = {};
-                        start_columns(z1, b1, t);
-                        times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
-                        times_second_t<T, D>(g_z1, s.g_z2, CHUNK * c, w2_t, lane);
-                        const float step[2] = {-eta_last * lr_n[CHUNK * c + g], -eta_last * lr_n[CHUNK * c + g + 8]};
+                        float z1[PAIR][FT][4], g_z1[PAIR][FT][4] = {};
 #pragma unroll
-                        for (int e = 0; e < 4 * FT; e++) {
-                            const Gelu y = gelu_first(z1[e / 4][e % 4]);
-                            z1[e / 4][e % 4] = y.value;
-                            g_z1[e / 4][e % 4] *= y.first * step[e / 2 % 2];
+                        for (int p = 0; p < PAIR; p++) {
+                            start_columns(z1[p], b1, t);
+                            times_first<T, D>(z1[p], xk_tile, CHUNK * (c + p), w1_r, lane);
+                            times_second_t<T, D>(g_z1[p], s.g_z2[0], CHUNK * (c + p), w2_t, lane);
                         }
-                        add_columns(step_b1, g_z1);
-                        update_first<T, D>(w1, transpose(round_columns<T>(g_z1)), xk_tile, CHUNK * c, lane);
-                        update_second<T, D>(w2, transpose(round_columns<T>(z1)), s.d_z2, CHUNK * c, lane);
+#pragma unroll
+                        for (int p = 0; p < PAIR; p++) {
+                            const int row = CHUNK * (c + p);
+                            const float step[2] = {-eta_last * lr_n[row + g], -eta_last * lr_n[row + g + 8]};
+#pragma unroll
+                            for (int e = 0; e < 4 * FT; e++) {
+                                const Gelu y = gelu_first(z1[p][e / 4][e % 4]);
+                                z1[p][e / 4][e % 4] = y.value;
+                                g_z1[p][e / 4][e % 4] *= y.first * step[e / 2 % 2];
+                            }
+                            add_columns(step_b1, g_z1[p]);
+                            update_first<T, D>(w1, transpose(round_columns<T>(g_z1[p])), xk_tile, row, lane);
+                            update_second<T, D>(w2, transpose(round_columns<T>(z1[p])), s.d_z2, row, lane);
+                        }
                     }
                     sync_warp();  // every lane has read b1
                     const float step = sum_columns(step_b1, lane);
@@ -277,6 +322,10 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             );
         else restore_weights<D>(d_w1, d_w2, work_d_w(), thread);
         fetch(end - 1, true);
+        if (AHEAD) {
+            fetched(end - 1);
+            norms(end - 1);
+        }
         fetch_weights(end - 1 - begin);
         for (int n = end - 1; n >= begin; n--) {
             refresh();
@@ -284,9 +333,13 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             // Of this warp's column `lane`.
             const float b1_n = AHEAD || lane >= SLICE ? 0 : b1_of(n - begin)[SLICE * warp + lane];
             const float b1_next = CAUSAL || lane >= SLICE ? 0 : b1_of(n - begin + 1)[SLICE * warp + lane];
-            fetched(n);
+            if (AHEAD) {
+                copy_async_wait<0>();
+                sync();
+            } else fetched(n);
             if (STAGES == 2 && n > begin) fetch(n - 1, true);
             const T *xq_tile = s.xq[stage], *xk_tile = s.xk[stage];
+            T *g_z2_tile = s.g_z2[n % Shared::NORMS], *d_z2_bar_tile = s.d_z2_bar[n % Shared::NORMS];
             const float* lr_n = s.lr[stage];
             if (!AHEAD && lane < SLICE) b1[lane] = CAUSAL ? b1_n : b1_next;
             if (CAUSAL)
@@ -295,31 +348,9 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             const float scale = -eta_last;
 
             refresh();
-            // Norms: d_z2_bar, and g_z2 again.
-            float step_b2[4] = {};
-#pragma unroll 1
-            for (int first = 0; first < CHUNKS; first += TOGETHER) {
-                Norm norm_bar[TOGETHER], norm[TOGETHER];
-                Four d_y[TOGETHER], error[TOGETHER];
-#pragma unroll
-                for (int c = 0; c < TOGETHER; c++) {
-                    const int row = CHUNK * (first + c) + at.token;
-                    norm_bar[c] = norm_bar_of(n, row), norm[c] = norm_of(n, row);
-                    d_y[c] = d_out_of(n, row), error[c] = inner_error(norm[c], n, row);
-                }
-#pragma unroll
-                for (int c = 0; c < TOGETHER; c++) {
-                    const int at_row = (CHUNK * (first + c) + at.token) * ROW + at.d;
-                    const Four d_z2_bar = project<D>(times_gamma(d_y[c]), norm_bar[c]);
-                    for (int i = 0; i < 4; i++) {
-                        s.d_gamma[thread].x[i] += d_y[c].x[i] * norm_bar[c].x_hat[i];
-                        s.d_beta[thread].x[i] += d_y[c].x[i];
-                        step_b2[i] += d_z2_bar.x[i];
-                    }
-                    store_four(s.d_z2_bar + at_row, d_z2_bar.x);
-                    store_four(s.g_z2 + at_row, project<D>(times_gamma(error[c]), norm[c]).x);
-                }
-            }
+            if (!AHEAD) norms(n);
+            float step_b2[4];
+            for (int i = 0; i < 4; i++) step_b2[i] = read_b2[i];
             auto share_b2 = [&]() {
 #pragma unroll
                 for (int i = 0; i < 4; i++) step_b2[i] = sum_tokens<D>(step_b2[i]);
@@ -417,7 +448,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     while (j > i) j -= ++i;
                     float p[2][4] = {};
                     row_scores<T, D>(
-                        p, second ? s.d_z2_bar : xq_tile, CHUNK * i, second ? s.g_z2 : xk_tile, CHUNK * j, lane
+                        p, second ? d_z2_bar_tile : xq_tile, CHUNK * i, second ? g_z2_tile : xk_tile, CHUNK * j, lane
                     );
                     Square square;
 #pragma unroll
@@ -444,21 +475,20 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     float z1[FT][4], g_z1[FT][4] = {};
                     start_columns(z1, b1, t);
                     times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
-                    times_second_t<T, D>(g_z1, s.g_z2, CHUNK * c, w2_t, lane);
+                    times_second_t<T, D>(g_z1, g_z2_tile, CHUNK * c, w2_t, lane);
                     if constexpr (AHEAD) {
-                        float slope[FT][4];
+                        float slope[FT][4], bend[FT][4];
 #pragma unroll
                         for (int k = 0; k < FT; k++) {
-                            Four bend;
 #pragma unroll
                             for (int i = 0; i < 4; i++) {
                                 const GeluSecond y = gelu_second(z1[k][i]);
-                                z1[k][i] = y.value, slope[k][i] = y.first, bend.x[i] = g_z1[k][i] * y.second;
+                                z1[k][i] = y.value, slope[k][i] = y.first, bend[k][i] = g_z1[k][i] * y.second;
                                 g_z1[k][i] *= y.first;
                             }
-                            reinterpret_cast<Four*>(s.bend[warp])[32 * k + lane] = bend;
                         }
                         keep(slot(SLOPE, c), round_columns<fp16>(slope), lane);
+                        keep(s.bend[warp], round_columns<T>(bend), lane);
                     } else {
 #pragma unroll
                         for (int e = 0; e < 4 * FT; e++) {
@@ -480,7 +510,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     float z1_bar[FT][4], d_z1_bar[FT][4] = {};
                     start_columns(z1_bar, b1, t);
                     times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
-                    times_second_t<T, D>(d_z1_bar, s.d_z2_bar, CHUNK * c, w2_t, lane);
+                    times_second_t<T, D>(d_z1_bar, d_z2_bar_tile, CHUNK * c, w2_t, lane);
                     if (CAUSAL) {
 #pragma unroll 1
                         for (int j = 0; j <= c; j++) {
@@ -536,11 +566,13 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                             times_rows<T, D>(part, p, xk_tile, CHUNK * j, lane);
                             work_attn(number) = {p[0], p[1], p[2], p[3]};
                         }
-                    } else {
-                        update_first<T, D>(d_w1, d_z1_bar_t, xq_tile, CHUNK * c, lane);
-                        update_second<T, D>(d_w2, x2_bar_t, s.d_z2_bar, CHUNK * c, lane);
                     }
-                    const Four sum = sum_warps(part);
+                    post(part);
+                    if (!CAUSAL) {
+                        update_first<T, D>(d_w1, d_z1_bar_t, xq_tile, CHUNK * c, lane);
+                        update_second<T, D>(d_w2, x2_bar_t, d_z2_bar_tile, CHUNK * c, lane);
+                    }
+                    const Four sum = take();
                     if (SPLIT == 1) write_d_xq(sum, c);
                     else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = sum;
                     else other->sent[CHUNKS + c / 2][thread] = sum;
@@ -567,20 +599,20 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     start_columns(pulled1, d_b1, t);
                     times_first<T, D>(pulled1, xk_tile, CHUNK * c, round_first<T, D>(d_w1), lane);
                     const Second<D> d_w2_r = round_second<T, D>(d_w2);
-                    times_second_t<T, D>(pulled_x2, s.g_z2, CHUNK * c, transpose(d_w2_r), lane);
+                    times_second_t<T, D>(pulled_x2, g_z2_tile, CHUNK * c, transpose(d_w2_r), lane);
                     Columns x2_r;
                     if constexpr (AHEAD) {
                         x2_r = kept(slot(X2, c), lane);
                         const Columns slope_r = kept(slot(SLOPE, c), lane), g_z1_r = kept(slot(G_Z1, c), lane);
+                        const Columns bend_r = kept(s.bend[warp], lane);
 #pragma unroll
                         for (int k = 0; k < FT; k++) {
-                            const Four y = reinterpret_cast<const Four*>(s.bend[warp])[32 * k + lane];
 #pragma unroll
                             for (int h = 0; h < 2; h++) {
                                 const float2 x = unpack<T>(x2_r.x[k][h]), first = unpack<fp16>(slope_r.x[k][h]);
-                                const float2 g_z1 = unpack<T>(g_z1_r.x[k][h]);
+                                const float2 g_z1 = unpack<T>(g_z1_r.x[k][h]), second = unpack<T>(bend_r.x[k][h]);
                                 slope[k][2 * h] = first.x, slope[k][2 * h + 1] = first.y;
-                                bend[k][2 * h] = y.x[2 * h], bend[k][2 * h + 1] = y.x[2 * h + 1];
+                                bend[k][2 * h] = second.x, bend[k][2 * h + 1] = second.y;
                                 along[h] += g_z1.x * pulled1[k][2 * h] + g_z1.y * pulled1[k][2 * h + 1];
                                 along[h] += x.x * pulled_x2[k][2 * h] + x.y * pulled_x2[k][2 * h + 1];
                             }
@@ -589,7 +621,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                         float z1[FT][4], g_x2[FT][4] = {};
                         start_columns(z1, b1, t);
                         times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
-                        times_second_t<T, D>(g_x2, s.g_z2, CHUNK * c, w2_t, lane);
+                        times_second_t<T, D>(g_x2, g_z2_tile, CHUNK * c, w2_t, lane);
 #pragma unroll
                         for (int e = 0; e < 4 * FT; e++) {
                             const int k = e / 4, i = e % 4, h = e / 2 % 2;
@@ -642,7 +674,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                             times_columns<T>(pulled_x2, p, x2_bar_t);
                             square_as_a<T>(p, read2);
                             transpose_a(p);
-                            times_rows<T, D>(part, p, s.d_z2_bar, CHUNK * i, lane);
+                            times_rows<T, D>(part, p, d_z2_bar_tile, CHUNK * i, lane);
                         }
                     }
 #pragma unroll
@@ -656,13 +688,14 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     const Columns d_g_x2 = round_columns<T>(pulled1);
                     keep(slot(G_X2, c), d_g_x2, lane);
                     times_second<T, D>(part, d_g_x2, second_r_of(n - begin));
+                    post(part, true);
                     if (SPLIT == 1) {
                         const Norm norm = norm_of(n, CHUNK * c + at.token);
                         const Four error = inner_error(norm, n, CHUNK * c + at.token);
-                        second_order(sum_warps(part, true), c, norm, error);
+                        second_order(take(), c, norm, error);
                         continue;
                     }
-                    const Four d_g = sum_warps(part, true);
+                    const Four d_g = take();
                     s.mine[c][thread] = d_g, other->sent[c][thread] = d_g;
                 }
             }
@@ -742,7 +775,12 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                             times_rows<T, D>(part, p.x, xq_tile, CHUNK * i, lane);
                         }
                     }
-                    const Four sum = sum_warps(part);
+                    if (AHEAD && n > begin) arrived(n - 1);  // the sum's barrier is behind it
+                    post(part);
+                    update_second<T, D>(d_w2, transpose(kept(slot(X2, c), lane)), s.d_z2, CHUNK * c, lane);
+                    update_second<T, D>(d_w2, transpose(kept(slot(G_X2, c), lane)), g_z2_tile, CHUNK * c, lane);
+                    if (CAUSAL) update_second<T, D>(d_w2, kept(slot(X2_BAR, c), lane), d_z2_bar_tile, CHUNK * c, lane);
+                    const Four sum = take();
                     if (SPLIT == 1) write_d_xk(sum, c);
                     else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = sum;
                     else other->sent[CHUNKS + Shared::HALF + c / 2][thread] = sum;
@@ -750,17 +788,13 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             }
 
             refresh();
-            // Weights.
+            // Weights of the first layer: those of the second are done.
             if (n > begin) fetch_weights(n - 1 - begin);
+            if (AHEAD && n > begin) norms(n - 1);
 #pragma unroll 1
             for (int c = 0; c < CHUNKS; c++) {
                 update_first<T, D>(d_w1, kept(slot(Z1, c), lane), xk_tile, CHUNK * c, lane);
-                update_second<T, D>(d_w2, transpose(kept(slot(X2, c), lane)), s.d_z2, CHUNK * c, lane);
-                update_second<T, D>(d_w2, transpose(kept(slot(G_X2, c), lane)), s.g_z2, CHUNK * c, lane);
-                if (CAUSAL) {
-                    update_first<T, D>(d_w1, kept(slot(D_Z1_BAR, c), lane), xq_tile, CHUNK * c, lane);
-                    update_second<T, D>(d_w2, kept(slot(X2_BAR, c), lane), s.d_z2_bar, CHUNK * c, lane);
-                }
+                if (CAUSAL) update_first<T, D>(d_w1, kept(slot(D_Z1_BAR, c), lane), xq_tile, CHUNK * c, lane);
             }
             const float step = sum_columns(step_b1, lane) + (CAUSAL ? read_b1_sum : 0.0f);
             if (owns_column(lane)) d_b1[column_of(lane)] += step;

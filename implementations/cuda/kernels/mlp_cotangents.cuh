@@ -49,8 +49,9 @@ template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     T xv[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], d_out[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
     fp16 x_hat[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], x_hat_bar[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
     uint32_t weights[S::WARPS][AHEAD ? 32 * D / SPLIT : 4];     // of w1 and w2, 8 x 8 blocks of this warp
-    float bend[S::WARPS][AHEAD ? 128 * FT : 4];              // g_x2 gelu''(z1)
-    T g_z2[TILE], d_z2_bar[TILE];
+    uint32_t bend[S::WARPS][AHEAD ? SLOT_WORDS : 4];  // g_x2 gelu''(z1)
+    static constexpr int NORMS = AHEAD ? 2 : 1;  // mini-batches whose LayerNorms are done
+    T g_z2[NORMS][TILE], d_z2_bar[NORMS][TILE];
     T d_z2[TILE];  // `again`: -eta_last lr g_z2
     float partials[SUMS][S::WARPS * S::PARTIAL];
     // Of a cluster: what this block summed of a chunk, and what the other sent: of d_g_z2, and of d_xq and d_xk, which
@@ -170,14 +171,6 @@ TTT_INLINE void pin(int& x) {
 #endif
 }
 
-// z [16, 32 f] = b [f]
-TTT_INLINE void start_columns(float (&z)[FT][4], const float* b, int t) {
-#pragma unroll
-    for (int k = 0; k < FT; k++) {
-        Two x = *reinterpret_cast<const Two*>(b + 8 * k + 2 * t);
-        z[k][0] = z[k][2] = x.x[0], z[k][1] = z[k][3] = x.x[1];
-    }
-}
 TTT_INLINE void add_columns(float (&sums)[2 * FT], const float (&z)[FT][4]) {
 #pragma unroll
     for (int k = 0; k < FT; k++) sums[2 * k] += z[k][0] + z[k][2], sums[2 * k + 1] += z[k][1] + z[k][3];

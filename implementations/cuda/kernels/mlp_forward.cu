@@ -41,6 +41,8 @@ __global__ void TTT_CLUSTER
 __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ ForwardArguments a) {
     using S = Sizes<D>;
     constexpr int CHUNKS = M / CHUNK, F = S::F, ROW = S::ROW;
+    constexpr int PAIR = SPLIT;  // chunks whose products overlap in time, where there are registers for it
+    static_assert(CHUNKS % PAIR == 0);
     TTT_SHARED(memory);
     using Shared = ForwardShared<T, D, M, CAUSAL>;
     auto& s = *reinterpret_cast<Shared*>(memory);
@@ -87,14 +89,16 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
         copy_async_commit();
     };
     int turn = 0;  // which of the two buffers of partial sums is next
-    // The sum over warps, where the caller's token and four d are.
-    auto sum_warps = [&](const float(&part)[D / 8][4]) {
-        float* buffer = s.partials[turn];
-        turn = (turn + 1) % Shared::SUMS;
-        if (Shared::SUMS == 1) sync();  // the last sum has been read
-        store_partial<D>(buffer + warp * S::PARTIAL, part, lane);
+    // A sum over warps, where the caller's token and four d are: every warp posts its part, and behind a barrier takes.
+    auto post = [&](const float(&part)[D / 8][4]) {
+        if (Shared::SUMS == 1) sync();  // the last sum has been taken
+        store_partial<D>(s.partials[turn] + warp * S::PARTIAL, part, lane);
+    };
+    auto take = [&] {
         sync();
-        return sum_partials<D>(buffer, at);
+        const Four sum = sum_partials<D>(s.partials[turn], at);
+        turn = (turn + 1) % Shared::SUMS;
+        return sum;
     };
     auto write_out = [&](Four z2_bar, const T* tile, int n, int chunk) {
         Norm norm;
@@ -174,40 +178,55 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
         {
             const First<D> w1_r = round_first<T, D>(w1);
             const Second<D> w2_r = round_second<T, D>(w2);
+            // In the first round z1_bar is of no use, in the last z1: without a branch all of them overlap in time.
 #pragma unroll 1
-            for (int c = 0; c < CHUNKS; c++) {
-                float part[D / 8][4] = {}, part_bar[D / 8][4] = {};
+            for (int c = 0; c < CHUNKS; c += PAIR) {
+                constexpr int READS = CAUSAL ? 1 : 2, COUNT = PAIR * READS;
+                Columns x[COUNT];  // x2 and x2_bar of a chunk, then of the next
                 {
-                    float z1[FT][4], z1_bar[FT][4], slope[FT][4];
+                    float z[COUNT][FT][4], slope[PAIR][FT][4];
 #pragma unroll
-                    for (int k = 0; k < FT; k++) {
-                        Two b = *reinterpret_cast<const Two*>(b1 + 8 * k + 2 * t);
-                        z1[k][0] = z1[k][2] = z1_bar[k][0] = z1_bar[k][2] = b.x[0];
-                        z1[k][1] = z1[k][3] = z1_bar[k][1] = z1_bar[k][3] = b.x[1];
+                    for (int k = 0; k < COUNT; k++) {
+                        start_columns(z[k], b1, t);
+                        const T* tile = k % READS ? xq_tile : xk_tile;
+                        times_first<T, D>(z[k], tile, CHUNK * (c + k / READS), w1_r, lane);
                     }
-                    // In the first round z1_bar is of no use, in the last z1: without a branch they overlap in time.
-                    times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
-                    if (!CAUSAL) times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
 #pragma unroll
-                    for (int e = 0; e < 4 * FT; e++) {
-                        Gelu y = gelu_first(z1[e / 4][e % 4]);
-                        z1[e / 4][e % 4] = y.value, slope[e / 4][e % 4] = y.first;
-                        if (!CAUSAL) z1_bar[e / 4][e % 4] *= gelu_sigmoid(z1_bar[e / 4][e % 4]);
+                    for (int k = 0; k < COUNT; k++) {
+#pragma unroll
+                        for (int e = 0; e < 4 * FT; e++) {
+                            float& y = z[k][e / 4][e % 4];
+                            if (k % READS) y *= gelu_sigmoid(y);
+                            else {
+                                const Gelu both = gelu_first(y);
+                                y = both.value, slope[k / READS][e / 4][e % 4] = both.first;
+                            }
+                        }
+                        x[k] = round_columns<T>(z[k]);
                     }
-                    const Columns x2 = round_columns<T>(z1);
-                    keep(s.x2[c][warp], x2, lane);
-                    keep(s.slope[c][warp], round_columns<fp16>(slope), lane);
-                    times_second<T, D>(part, x2, w2_r);
-                    if (!CAUSAL) times_second<T, D>(part_bar, round_columns<T>(z1_bar), w2_r);
+#pragma unroll
+                    for (int k = 0; k < PAIR; k++) {
+                        keep(s.x2[c + k][warp], x[k * READS], lane);
+                        keep(s.slope[c + k][warp], round_columns<fp16>(slope[k]), lane);
+                    }
                 }
-                const Four z2 = sum_warps(part);
-                if (SPLIT == 2) {
-                    s.mine[c][thread] = z2;
-                    other->sent[n & 1][c][thread] = z2;
-                } else if (n < N) inner_gradient(z2, c);
-                if (!CAUSAL) {
-                    const Four z2_bar = sum_warps(part_bar);
-                    if (n > 0) read(z2_bar, xq_tile, n - 1, c);
+                float part[D / 8][4] = {};
+                times_second<T, D>(part, x[0], w2_r);
+#pragma unroll
+                for (int k = 0; k < COUNT; k++) {
+                    const int chunk = c + k / READS;
+                    post(part);
+                    if (k + 1 < COUNT) {
+                        for (int e = 0; e < D / 2; e++) part[e / 4][e % 4] = 0;
+                        times_second<T, D>(part, x[k + 1], w2_r);
+                    }
+                    const Four sum = take();
+                    if (k % READS) {
+                        if (n > 0) read(sum, xq_tile, n - 1, chunk);
+                    } else if (SPLIT == 2) {
+                        s.mine[chunk][thread] = sum;
+                        other->sent[n & 1][chunk][thread] = sum;
+                    } else if (n < N) inner_gradient(sum, chunk);
                 }
             }
         }
@@ -235,26 +254,34 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
         {
             const Second<D> w2_t = transpose(round_second<T, D>(w2));
 #pragma unroll 1
-            for (int c = 0; c < CHUNKS; c++) {
-                float g_z1[FT][4] = {};
-                times_second_t<T, D>(g_z1, s.g_z2, CHUNK * c, w2_t, lane);
-                const Columns slope = kept(s.slope[c][warp], lane);
-                const float step[2] = {-eta_last * lr_n[CHUNK * c + g], -eta_last * lr_n[CHUNK * c + g + 8]};
+            for (int c = 0; c < CHUNKS; c += PAIR) {
+                float g_z1[PAIR][FT][4] = {};
+                Columns slope[PAIR], x2[PAIR];
 #pragma unroll
-                for (int k = 0; k < FT; k++)
+                for (int p = 0; p < PAIR; p++) {
+                    times_second_t<T, D>(g_z1[p], s.g_z2, CHUNK * (c + p), w2_t, lane);
+                    slope[p] = kept(s.slope[c + p][warp], lane), x2[p] = kept(s.x2[c + p][warp], lane);
+                }
 #pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        float2 y = unpack<fp16>(slope.x[k][h]);
-                        float &lo = g_z1[k][2 * h], &hi = g_z1[k][2 * h + 1];
-                        lo *= y.x, hi *= y.y;
-                        step_b1[2 * k] += step[h] * lo, step_b1[2 * k + 1] += step[h] * hi;
+                for (int p = 0; p < PAIR; p++) {
+                    const int row = CHUNK * (c + p) + g;
+                    const float step[2] = {-eta_last * lr_n[row], -eta_last * lr_n[row + 8]};
+#pragma unroll
+                    for (int k = 0; k < FT; k++)
+#pragma unroll
+                        for (int h = 0; h < 2; h++) {
+                            float2 y = unpack<fp16>(slope[p].x[k][h]);
+                            float &lo = g_z1[p][k][2 * h], &hi = g_z1[p][k][2 * h + 1];
+                            lo *= y.x, hi *= y.y;
+                            step_b1[2 * k] += step[h] * lo, step_b1[2 * k + 1] += step[h] * hi;
+                            if (!CAUSAL) lo *= step[h], hi *= step[h];
+                        }
+                    const Columns g_z1_t = transpose(round_columns<T>(g_z1[p]));
+                    if (CAUSAL) keep(s.slope[c + p][warp], g_z1_t, lane);
+                    else {
+                        update_first<T, D>(w1, g_z1_t, xk_tile, CHUNK * (c + p), lane);
+                        update_second<T, D>(w2, transpose(x2[p]), s.step_z2, CHUNK * (c + p), lane);
                     }
-                if (CAUSAL) keep(s.slope[c][warp], transpose(round_columns<T>(g_z1)), lane);
-                else {
-#pragma unroll
-                    for (int e = 0; e < 4 * FT; e++) g_z1[e / 4][e % 4] *= step[e / 2 % 2];
-                    update_first<T, D>(w1, transpose(round_columns<T>(g_z1)), xk_tile, CHUNK * c, lane);
-                    update_second<T, D>(w2, transpose(kept(s.x2[c][warp], lane)), s.step_z2, CHUNK * c, lane);
                 }
             }
         }
@@ -265,11 +292,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
                     float z1_bar[FT][4];
-#pragma unroll
-                    for (int k = 0; k < FT; k++) {
-                        Two b = *reinterpret_cast<const Two*>(b1 + 8 * k + 2 * t);
-                        z1_bar[k][0] = z1_bar[k][2] = b.x[0], z1_bar[k][1] = z1_bar[k][3] = b.x[1];
-                    }
+                    start_columns(z1_bar, b1, t);
                     times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
 #pragma unroll 1
                     for (int j = 0; j <= c; j++) {
@@ -299,7 +322,8 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
                         round_scores<T>(packed, p);
                         times_rows<T, D>(part, packed, s.g_z2, CHUNK * j, lane);
                     }
-                    read(sum_warps(part), xq_tile, n, c);
+                    post(part);
+                    read(take(), xq_tile, n, c);
                 }
             }
             if (SPLIT == 2) {

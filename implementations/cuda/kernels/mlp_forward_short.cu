@@ -76,13 +76,6 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
         }
         copy_async_commit();
     };
-    auto start = [&](float(&z)[FT][4]) {
-#pragma unroll
-        for (int k = 0; k < FT; k++) {
-            Two b = *reinterpret_cast<const Two*>(b1 + 8 * k + 2 * t);
-            z[k][0] = z[k][2] = b.x[0], z[k][1] = z[k][3] = b.x[1];
-        }
-    };
     auto gelu_columns = [&](float(&z)[FT][4]) {
 #pragma unroll
         for (int e = 0; e < 4 * FT; e++) z[e / 4][e % 4] *= gelu_sigmoid(z[e / 4][e % 4]);
@@ -112,10 +105,10 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
             const Second<D> w2_r = round_second<T, D>(w2);
             if (n < N) {
                 float z1[FT][4], part[D / 8][4] = {}, first[FT][4];
-                start(z1);
+                start_columns(z1, b1, t);
                 times_first<T, D>(z1, xk_tile, 0, w1_r, lane);
                 if (CAUSAL) {
-                    start(q1);
+                    start_columns(q1, b1, t);
                     times_first<T, D>(q1, xq_tile, 0, w1_r, lane);
                 }
 #pragma unroll
@@ -130,7 +123,7 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
             }
             if (!CAUSAL && n > 0) {
                 float z1_bar[FT][4], part[D / 8][4] = {};
-                start(z1_bar);
+                start_columns(z1_bar, b1, t);
                 times_first<T, D>(z1_bar, xq_tile, 0, w1_r, lane);
                 times_second<T, D>(part, gelu_columns(z1_bar), w2_r);
                 store_partial<D>(s.partials[1] + warp * S::PARTIAL, part, lane);
