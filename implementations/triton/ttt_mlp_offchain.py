@@ -204,9 +204,9 @@ _SETTINGS: dict[str, tuple[Setting, Setting, Setting]] = {
     "read_out_backward": (Setting(32, 4, 2), Setting(32, 4, 2), Setting(32, 4, 2)),
     "finish": (Setting(64, 4, 2), Setting(64, 4, 2), Setting(64, 4, 2)),
 }
-# Bytes a thread that spill, as compiled by Triton 3.7, on the worst of sm_80, sm_90 and sm_100. The fast weights take half
-# of an SM's registers, and the products between need the other half and more; sm_80, without warp-group products, is
-# the worst throughout.
+# Bytes a thread that spill, as compiled by Triton 3.7, on the worst of sm_80, sm_90 and sm_100. The fast weights take
+# half of an SM's registers, and the products between need the other half and more; sm_80, without warp-group products,
+# is the worst throughout.
 _SPILLS = {recurrence: 1200, read_out: 0, read_out_backward: 2500, scan: 20000, finish: 320}
 
 
