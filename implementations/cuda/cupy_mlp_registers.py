@@ -117,19 +117,26 @@ def forward(
         ValueError: a tensor has another shape, dtype, device or layout than the kernel takes.
     """
     check(inputs, INPUTS, problem, limit(problem))
-    split = split or default_split(problem, inputs.xq.device)
-    chains, like = problem.batch * problem.heads, inputs.w1
-    groups = -(-problem.mini_batches // group)
-    saved = like.new_empty(chains, groups, 8 * problem.head_dim**2 + problem.hidden)
-    norms = [like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16) for _ in range(2)]
-    norms += [like.new_empty(chains, problem.tokens) for _ in range(2)]
+    residuals = empty_residuals(inputs, problem, group, split)
     outputs = MlpOutputs(contiguous_like(inputs.xq), *map(contiguous_like, inputs[7:]))
     arguments = ForwardArguments(
-        *map(view, inputs[:4]), *inputs[4:], *outputs, saved, *norms,
+        *map(view, inputs[:4]), *inputs[4:], *outputs, *residuals[1:6],
         problem.heads, problem.mini_batches, group, int(all(map(aligned, inputs[:3]))), problem.eps,
     )  # fmt: skip
-    launch(forward_kernel(problem, split), chains * split, arguments, like.device, problem)
-    return outputs, Residuals(inputs, saved, *norms, group, split)
+    kernel, blocks = forward_kernel(problem, residuals.split), problem.batch * problem.heads * residuals.split
+    launch(kernel, blocks, arguments, inputs.xq.device, problem)
+    return outputs, residuals
+
+
+def empty_residuals(
+    inputs: MlpInputs, problem: Problem, group: int = GROUP, split: int | None = None
+) -> Residuals:
+    """Residuals with room for what the forward leaves and nothing in it yet."""
+    chains, like = problem.batch * problem.heads, inputs.w1
+    saved = like.new_empty(chains, -(-problem.mini_batches // group), 8 * problem.head_dim**2 + problem.hidden)
+    norms = [like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16) for _ in range(2)]
+    norms += [like.new_empty(chains, problem.tokens) for _ in range(2)]
+    return Residuals(inputs, saved, *norms, group, split or default_split(problem, like.device))
 
 
 def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> MlpInputs:
@@ -213,10 +220,13 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
     stages, half = 2 if chunks < 4 else 1, (chunks + 1) // 2
     squares = chunks * (chunks + 1) // 2 if causal else 0
     ahead = causal and chunks == 1
-    room = {1: 7, 2: 6}.get(chunks, (4 if causal else 5) if split == 2 else (3 if causal else 4))
+    room = {1: 7, 2: 5}.get(chunks, 3 if causal else 4)
     shared = (  # `BackwardShared` in `mlp_backward.cu`
-        (2 * stages + 3) * m * row * 2
-        + (8 * m * row * 2 + warps * (128 * d + 2048) // split if ahead else 64 + 32 * warps)
+        14 * 8
+        + 2 * 4 * d
+        + 2 * 4 * d * 16
+        + (2 * stages + 3) * m * row * 2
+        + (10 * m * row * 2 + warps * (128 * d + 1024) // split if ahead else 64 + 32 * warps)
         + (2 if chunks == 2 else 1) * warps * 16 * row * 4
         + ((2 * chunks + 3 * half) * 4 * d * 16 + 8 * m if split == 2 else 64)
         + min(7 if causal else 5, room) * chunks * warps * 1024 // split
@@ -227,7 +237,13 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
 
 
 # Bytes a thread that spill on the worst of the architectures, with one block a chain: half of its registers are state.
-_SPILLS = {"mlp_forward": 400, "mlp_forward_short": 200, "mlp_backward": 2400}
+# By the kernel, and whether a mini-batch is more than one chunk of 16 tokens. A cluster has half of the state in each.
+_SPILLS = {
+    ("mlp_forward_short", False): 120,
+    ("mlp_forward", True): 480,
+    ("mlp_backward", False): 500,
+    ("mlp_backward", True): 1200,
+}
 
 
 def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
@@ -239,7 +255,7 @@ def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
         threads=4 * d,
         options=(f"-DTTT_SPLIT={split}",),
         dynamic_shared_bytes=-(-shared // 16) * 16,
-        declared_spill_bytes=_SPILLS[name],
+        declared_spill_bytes=_SPILLS[name, m > 16] if split == 1 else 0,
         cluster=split,
         architectures=ARCHITECTURES if split == 1 else ARCHITECTURES[1:],
     )

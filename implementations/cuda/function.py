@@ -8,17 +8,19 @@ exchange itself orders that stream after the caller's, and the caller's after it
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from implementations.cuda import cupy_ttt_linear, cupy_ttt_mlp
 from implementations.cuda.dispatch import first_that_takes
 from spec.problem import ARRAY_DTYPE, Dtype, InnerModel, Problem
-from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs, validate
+from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs, tensor_specs, validate
 
 _PAGES: dict[str, ModuleType] = {"linear": cupy_ttt_linear, "mlp": cupy_ttt_mlp}
 _DTYPES: dict[torch.dtype, Dtype] = {getattr(torch, name): dtype for dtype, name in ARRAY_DTYPE.items()}  # type: ignore
@@ -73,12 +75,11 @@ def _backward(
     """The gradients of the inputs; `saved` is what the forward returned behind its outputs."""
     given, problem = _problem(inputs, inner_model, mini_batch, causal, eps)
     rung = _rung(given, problem)
-    shapes = rung.empty_residuals(type(given)(*(x.to("meta") for x in given)), problem)
-    leaves, structure = pytree.tree_flatten(tuple(shapes[1:]))
+    kind, leaves, structure = _residuals(rung, problem, given.xq.device)
     tensors = iter(saved)
     held = pytree.tree_unflatten([next(tensors) if isinstance(x, Tensor) else x for x in leaves], structure)
     pulled = OUTPUTS[problem.inner_model](*map(_ready, cotangents))
-    return [*rung.backward(pulled, type(shapes)(given, *held), problem)]
+    return [*rung.backward(pulled, kind(given, *held), problem)]
 
 
 @_backward.register_fake
@@ -126,6 +127,21 @@ def _problem(tensors: list[Tensor], inner_model: str, mini_batch: int, causal: b
 
 def _rung(inputs: Any, problem: Problem) -> Any:
     return first_that_takes(problem, inputs.xq.device, _PAGES[problem.inner_model].RUNGS)
+
+
+@functools.cache
+def _residuals(rung: Any, problem: Problem, device: torch.device) -> tuple[Any, list[Any], Any]:
+    """What the residuals of a rung are made of beside the inputs: their type, leaves without memory, how they nest."""
+    kind = INPUTS[problem.inner_model]
+    with FakeTensorMode():
+        inputs = kind(
+            *(
+                torch.empty(spec.shape, dtype=getattr(torch, ARRAY_DTYPE[spec.dtype]), device=device)
+                for spec in tensor_specs(kind, problem)
+            )
+        )
+        residuals = rung.empty_residuals(inputs, problem)
+    return type(residuals), *pytree.tree_flatten(tuple(residuals[1:]))
 
 
 def _ready(x: Tensor) -> Tensor:

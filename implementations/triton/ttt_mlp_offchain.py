@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implementations.kernels import TritonKernel
+from implementations.kernels import TritonKernel, once
 from implementations.triton.arguments import Shared, check, empty, tokens, view
 from implementations.triton.launch import Launch, meta
 from implementations.triton.mlp_limits import offchain_limit
@@ -173,12 +173,15 @@ def residuals(inputs: MlpInputs, saved: list[Tensor], problem: Problem) -> Resid
 
 def static_kernels() -> Iterator[TritonKernel]:
     """Every kernel at the sizes of the named cases."""
+    return once(_kernels())
+
+
+def _kernels() -> Iterator[TritonKernel]:
     for causal in (True, False):
         problem = Problem("mlp", 1, 256, 32, 64, 16, causal, dtype="bf16")
         outputs, residuals, launches = plan_forward(meta(MlpInputs, problem), problem, 16)
         for launch in (*launches, *plan_backward(outputs, residuals, problem)[-1]):
-            if causal or "CAUSAL" in launch.constants:  # the others are the same
-                yield launch.static("mlp", _SPILLS[launch.kernel])
+            yield launch.static("mlp", _SPILLS[launch.kernel])
 
 
 # --- Sizes and settings ---
