@@ -52,7 +52,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from implementations.kernels import TritonKernel
+from implementations.kernels import TritonKernel, once
 from implementations.triton.arguments import Shared, State, check, empty, tokens, view
 from implementations.triton.lanes import Step, run
 from implementations.triton.launch import Launch, meta
@@ -392,12 +392,13 @@ _SPILLS = {
 
 def static_kernels() -> Iterator[TritonKernel]:
     """All kernels at the sizes of the named cases."""
-    found: dict[tuple[str, str], TritonKernel] = {}  # the recurrence knows nothing of the mask
+    return once(_kernels())
+
+
+def _kernels() -> Iterator[TritonKernel]:
     for mini_batch, causal in ((16, True), (64, True), (64, False)):
         problem = Problem("linear", 1, 256, 32, 64, mini_batch, causal, dtype="bf16")
         outputs, residuals, steps = plan_forward(meta(LinearInputs, problem), problem, default_group(problem))
         for step in steps + plan_backward(outputs, residuals, problem)[1]:
             spills = _SPILLS.get((step.launch.kernel.__name__, mini_batch), 0)
-            kernel = step.launch.static("linear", spills)
-            found.setdefault((kernel.name, kernel.variant), kernel)
-    yield from found.values()
+            yield step.launch.static("linear", spills)
