@@ -1,9 +1,9 @@
 """TTT-MLP in CUDA C++ on tensor cores: a block, or a cluster of two, a chain, with its state in registers.
 
-Forward (`kernels/mlp_forward.cu`, for mini-batches of 16 tokens `mlp_forward_short.cu`): the fast weights, fp32, are the
-accumulators of their own updates by `mma.sync`; rounded as they lie they are operands of the products with xk and xq, so
-they never leave the registers. Backward (`kernels/mlp_backward.cu`): the same with the cotangents of the fast weights,
-after the fast weights of a group of mini-batches have been computed again from saved ones.
+Forward (`kernels/mlp_forward.cu`, for mini-batches of 16 tokens `mlp_forward_short.cu`): the fast weights, fp32, are
+the accumulators of their own updates by `mma.sync`; rounded as they lie they are operands of the products with xk and
+xq, so they never leave the registers. Backward (`kernels/mlp_backward.cu`): the same with the cotangents of the fast
+weights, after the fast weights of a group of mini-batches have been computed again from saved ones.
 
 The forward keeps for the backward, a token and head, 4 D + 8 bytes of LayerNorms and (32 D^2 + 16 D) / (group M) of
 states: 792 bytes at D = 64, M = 16, group = 16. The backward works in `work_bytes` of global memory a block.
@@ -133,9 +133,7 @@ def forward(
     return outputs, residuals
 
 
-def empty_residuals(
-    inputs: MlpInputs, problem: Problem, group: int = GROUP, split: int | None = None
-) -> Residuals:
+def empty_residuals(inputs: MlpInputs, problem: Problem, group: int = GROUP, split: int | None = None) -> Residuals:
     """Residuals with room for what the forward leaves and nothing in it yet."""
     chains, like = problem.batch * problem.heads, inputs.w1
     saved = like.new_empty(chains, -(-problem.mini_batches // group), 8 * problem.head_dim**2 + problem.hidden)
