@@ -134,7 +134,13 @@ def forward(
 
 
 def empty_residuals(inputs: MlpInputs, problem: Problem, group: int = GROUP, split: int | None = None) -> Residuals:
-    """Residuals with room for what the forward leaves and nothing in it yet."""
+    """Residuals with room for what the forward leaves and nothing in it yet.
+
+    Raises:
+        ValueError: `group` or `split` is not a number that the kernels know.
+    """
+    if group < 1 or split not in (None, 1, 2):
+        raise ValueError(f"group, split: expected at least 1, and 1 or 2, got {group}, {split}")
     chains, like = problem.batch * problem.heads, inputs.w1
     saved = like.new_empty(chains, -(-problem.mini_batches // group), 8 * problem.head_dim**2 + problem.hidden)
     norms = [like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16) for _ in range(2)]
