@@ -101,6 +101,13 @@ def test_rows_that_start_anywhere_are_copied_one_number_at_a_time():
     assert all(torch.equal(x, y) for x, y in pairs)
 
 
+def test_refuses_settings_that_no_kernel_has():
+    inputs, _ = drawn(CASE, PROBLEM)
+    for setting in ({"group": 0}, {"split": 3}):
+        with pytest.raises(ValueError, match="group, split: expected"):
+            page.empty_residuals(inputs, PROBLEM, **setting)
+
+
 @emulated
 def test_a_faulty_kernel_is_noticed(tmp_path, monkeypatch):
     for each in page.KERNELS.glob("*.cu*"):

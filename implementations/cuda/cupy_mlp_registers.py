@@ -1,7 +1,12 @@
-"""TTT-MLP in CUDA C++ on tensor cores: one block a chain, the state of both passes in its registers.
+"""TTT-MLP in CUDA C++ on tensor cores: a block, or a cluster of two, a chain, with its state in registers.
 
-Forward (`kernels/mlp_forward.cu`): the fast weights, fp32, are accumulators of `mma.sync`: rounded as they lie they are
-operands of the products with xk and xq, so they never leave the registers.
+Forward (`kernels/mlp_forward.cu`, for mini-batches of 16 tokens `mlp_forward_short.cu`): the fast weights, fp32, are
+the accumulators of their own updates by `mma.sync`; rounded as they lie they are operands of the products with xk and
+xq, so they never leave the registers. Backward (`kernels/mlp_backward.cu`): the same with the cotangents of the fast
+weights, after the fast weights of a group of mini-batches have been computed again from saved ones.
+
+The forward keeps for the backward, a token and head, 4 D + 8 bytes of LayerNorms and (32 D^2 + 16 D) / (group M) of
+states: 792 bytes at D = 64, M = 16, group = 16. The backward works in `work_bytes` of global memory a block.
 """
 
 from __future__ import annotations
@@ -128,10 +133,14 @@ def forward(
     return outputs, residuals
 
 
-def empty_residuals(
-    inputs: MlpInputs, problem: Problem, group: int = GROUP, split: int | None = None
-) -> Residuals:
-    """Residuals with room for what the forward leaves and nothing in it yet."""
+def empty_residuals(inputs: MlpInputs, problem: Problem, group: int = GROUP, split: int | None = None) -> Residuals:
+    """Residuals with room for what the forward leaves and nothing in it yet.
+
+    Raises:
+        ValueError: `group` or `split` is not a number that the kernels know.
+    """
+    if group < 1 or split not in (None, 1, 2):
+        raise ValueError(f"group, split: expected at least 1, and 1 or 2, got {group}, {split}")
     chains, like = problem.batch * problem.heads, inputs.w1
     saved = like.new_empty(chains, -(-problem.mini_batches // group), 8 * problem.head_dim**2 + problem.hidden)
     norms = [like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16) for _ in range(2)]

@@ -447,6 +447,11 @@ template <typename T> TTT_INLINE Four load_four(const T* p) {
     float2 a = unpack<T>(two.x[0]), b = unpack<T>(two.x[1]);
     return {a.x, a.y, b.x, b.y};
 }
+// The same of an address that need not be a multiple of 8 bytes.
+template <typename T> TTT_INLINE Four load_four(const T* p, bool aligned) {
+    if (aligned) return load_four(p);
+    return {to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
 
 // Columns of a warp in its own slot of memory, each lane's words for itself.
 constexpr int SLOT_WORDS = 64 * FT;

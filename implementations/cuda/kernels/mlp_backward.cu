@@ -177,13 +177,13 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     };
     auto d_out_of = [&](int n, int row) {
         if constexpr (AHEAD) return load_four(s.d_out[n % STAGES] + row * ROW + at.d);
-        else return load_four(s.base.d_out + (int64_t(n) * M + row) * a.d_out.t + at.d);
+        else return load_four(s.base.d_out + (int64_t(n) * M + row) * a.d_out.t + at.d, a.aligned);
     };
     // LN(z2) - target
     auto inner_error = [&](const Norm& norm, int n, int row) {
         Four v, k = load_four(s.xk[n % STAGES] + row * ROW + at.d);
         if constexpr (AHEAD) v = load_four(s.xv[n % STAGES] + row * ROW + at.d);
-        else v = load_four(s.base.xv + (int64_t(n) * M + row) * a.xv.t + at.d);
+        else v = load_four(s.base.xv + (int64_t(n) * M + row) * a.xv.t + at.d, a.aligned);
         Four error;
         for (int i = 0; i < 4; i++)
             error.x[i] = s.gamma[at.d + i] * norm.x_hat[i] + s.beta[at.d + i] - (v.x[i] - k.x[i]);
