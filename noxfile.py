@@ -59,7 +59,7 @@ def _run_in_lab(session: nox.Session, *arguments: str) -> None:
 @nox.session(venv_backend="lab", reuse_venv=True)
 def tests(session: nox.Session) -> None:
     """Run the tests with pytest, on up to four cores."""
-    _run_in_lab(session, "pytest", "--numprocesses=auto", "--maxprocesses=4")
+    _run_in_lab(session, "pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal")
 
 
 @nox.session(venv_backend="lab", reuse_venv=True)

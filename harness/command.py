@@ -27,6 +27,7 @@ from harness import (
     grid,
     parity,
     peer_bars,
+    peer_times,
     plots,
     records,
     report,
@@ -100,7 +101,7 @@ def _sweep(options: argparse.Namespace) -> int:
     unchecked = sweep.unchecked(left, checked, settings)
     groups = parity.with_yardstick(unchecked)
     with _progress() as bar, tempfile.TemporaryDirectory(prefix="ttt-lab-compiled-") as compiled:
-        settings = replace(settings, compiled=Path(compiled))
+        settings = replace(settings, compiled=settings.compiled or Path(compiled))
         task = bar.add_task("parity", total=sum(map(len, groups)))
         for cell, found in parity.run(groups, settings):
             records.append(checked_path, found)
@@ -121,6 +122,22 @@ def _sweep(options: argparse.Namespace) -> int:
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     _print_plots(plots.parity_plots(folder) + plots.sweep_plots(folder, baseline=options.baseline), path)
     return 1 if any(row.status not in ("ok", "unsupported") for row in rows) else 0
+
+
+def _peer_times(options: argparse.Namespace) -> int:
+    cells = _cells(options, passes=options.passes)
+    folder, settings = _open(options)
+    found = []
+    with _progress() as bar:
+        task = bar.add_task("peers", total=None)
+        for row in peer_times.command(cells, folder, settings):
+            found.append(row)
+            bar.update(task, advance=1, description=f"{row.implementation} {row.case} {row.pass_}")
+    path = folder / peer_times.FILE
+    _finish(path, peer_times.PeerTime)
+    console.print(peer_times.table(found))
+    _print_plots([], path)
+    return 1 if any(row.untimed and not row.untimed.startswith("unsupported") for row in found) else 0
 
 
 def _protocol(options: argparse.Namespace, device: Device) -> sweep.Protocol:
@@ -197,7 +214,7 @@ def _open(options: argparse.Namespace) -> tuple[Path, Settings]:
         _load(folder / name, kind)  # refuses what could not be added to, before any work
     arguments = {name: value for name, value in vars(options).items() if name not in ("command", "results")}
     environment.save(folder, stamp, {"command": options.command.__name__.strip("_")} | arguments)
-    return folder, Settings(stamp, options.seed, options.jobs or Settings.jobs, options.timeout)
+    return folder, Settings(stamp, options.seed, options.jobs or Settings.jobs, options.timeout, options.compiled)
 
 
 def _load(path: Path, kind: type[Row]) -> list[Row]:
@@ -258,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--seed", type=int, default=0, help="of the inputs; times in sweep.csv are of the last seed")
     common.add_argument("--jobs", type=int, help="checks at once; default: the number of cores")
     common.add_argument("--git-sha", metavar="SHA", help="the commit, where the tree is a copy without .git")
+    common.add_argument("--compiled", type=Path, metavar="DIR", help="for what compilers make; default: none is kept")
     common.add_argument("--timeout", type=float, default=Settings.timeout, help="seconds for one call")
 
     command = commands.add_parser("parity", parents=[common], help="hold implementations to the float64 oracle")
@@ -275,6 +293,11 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--retry", choices=["failed"], help="forget those that are neither ok nor unsupported first")
     start.add_argument("--status", action="store_true", help="say what is done and what is left, and measure nothing")
     command.set_defaults(command=_sweep)
+
+    command = commands.add_parser("peer-times", parents=[common], help="time peers whatever their verdict")
+    command.add_argument("--grid", default="peer-times", metavar="NAME|FILE.toml")
+    command.add_argument("--passes", type=_names, metavar="A,B", help=",".join(PASSES))
+    command.set_defaults(command=_peer_times)
 
     bench_command.add_parser(commands)
     peer_bars.add_parser(commands)

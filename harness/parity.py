@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,12 @@ CPU_ENVIRONMENT = {
 # On a GPU all workers share its memory: JAX allocates and frees each array instead of keeping a growing pool.
 CUDA_ENVIRONMENT = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
 _GROUPS = {"cpu": 2, "cuda": 8}  # in work at once: the numbers and the truth of a full-size one are gigabytes
-_PROCESSES = {"cpu": 1, "cuda": 3}  # of each implementation and of the oracle, at most
+_PROCESSES = {"cpu": 1, "cuda": 2}  # of each implementation, at most
+_PROCESSES_OF_SLOW = {"cpu": 1, "cuda": 4}  # of what compiles long, and of what all others wait for
 WARM_UP_SECONDS = 120.0  # for a process to import what it needs
+_PREFIX = "ttt-lab-truth-"
 _MEMORY, _ROOM_BYTES = Path("/dev/shm"), 2**35  # where there is so much room, the files are in memory
-DEVICE_BYTES = 50 * 10**9  # that the checks at work may take together, by their estimate; processes take the rest
+DEVICE_BYTES = 45 * 10**9  # that the checks at work may take together, by their estimate; processes take the rest
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ class _Runner:
 
     def __init__(self, settings: Settings, stack: ExitStack):
         self.settings = settings
-        self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ttt-lab-truth-", dir=_room())))
-        self._slots = threading.Semaphore(settings.jobs)
-        self._waiting_for_several = threading.Lock()
+        name = f"{_PREFIX}{os.getpid()}-"
+        self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=name, dir=_memory())))
+        self._room = _Room(settings.jobs, DEVICE_BYTES)
         self._finished: queue.SimpleQueue[tuple[list[Cell], Path, list[Future]]] = queue.SimpleQueue()
         self._lanes: dict[str, _Lane] = {}
         self._environment = CPU_ENVIRONMENT
@@ -145,39 +147,25 @@ class _Runner:
 
     def _call(self, worker: Worker, problem: Problem, function: Any, *arguments: Any) -> Any:
         """What the call returns or the `Failure`; out of device memory, it is tried again with nothing beside it."""
-        for slots in (self._slots_of(problem), self.settings.jobs):
-            with self._taking(slots):
+        on_cpu = self.settings.stamp.device == "cpu"
+        for size in (0 if on_cpu else working_bytes(problem), DEVICE_BYTES):
+            with self._room.taking(size):
                 try:
                     return worker.call(function, *arguments, timeout=self.settings.timeout)
                 except Failure as failure:
                     last = failure
-            if last.status != "oom" or self.settings.stamp.device == "cpu":
+            if last.status != "oom" or on_cpu:
                 break
             worker.stop()
         return last
-
-    def _slots_of(self, problem: Problem) -> int:
-        """One, or more where a check takes more than its share of the device's memory."""
-        if self.settings.stamp.device == "cpu":
-            return 1
-        share = DEVICE_BYTES / self.settings.jobs
-        return min(1 + int(working_bytes(problem) / share), self.settings.jobs)
-
-    @contextmanager
-    def _taking(self, slots: int) -> Iterator[None]:
-        with self._waiting_for_several if slots > 1 else nullcontext():
-            for _ in range(slots):
-                self._slots.acquire()
-        try:
-            yield
-        finally:
-            self._slots.release(slots)
 
     def _submit(self, entry: Implementation | None, function: Any, *arguments: Any) -> Future:
         """Call in a process of the implementation, or of the oracle."""
         key, device = entry.key if entry else "oracle", self.settings.stamp.device
         if key not in self._lanes:
-            workers = [Worker(self._environment) for _ in range(_PROCESSES[device])]
+            slow = entry is None or entry.key == rule.YARDSTICK or entry.framework == "jax"
+            count = (_PROCESSES_OF_SLOW if slow else _PROCESSES)[device]
+            workers = [Worker(self._environment) for _ in range(count)]
             warm = functools.partial(jobs.warm_up, entry, device) if device == "cuda" else None
             self._lanes[key] = _Lane(workers, warm)
         return self._lanes[key].submit(function, *arguments)
@@ -188,18 +176,39 @@ class _Runner:
             lane.close()
 
 
+class _Room:
+    """So many calls at a time, which together take so many bytes of the device's memory."""
+
+    def __init__(self, jobs: int, size: int):
+        self._jobs, self._size, self._free = jobs, size, size
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taking(self, size: int) -> Iterator[None]:
+        """Wait for room, and take it; all of it for what needs more than there is."""
+        size = min(size, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs > 0 and self._free >= size)
+            self._jobs, self._free = self._jobs - 1, self._free - size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._jobs, self._free = self._jobs + 1, self._free + size
+                self._changed.notify_all()
+
+
 class _Lane:
     """Processes that share the calls of one implementation, or of the oracle, and a thread that waits for each."""
 
     def __init__(self, workers: list[Worker], warm_up: Callable[[], None] | None):
-        """`warm_up` is called in each process at once: it has started when the first truth is there."""
+        """`warm_up` is called in the first process at once: it has started when the first truth is there."""
         self._workers, self._threads = workers, ThreadPoolExecutor(len(workers))
         self._idle = queue.LifoQueue[Worker]()  # a process that has started is taken before one that has not
-        for worker in workers:
-            if warm_up:
-                threading.Thread(target=self._start, args=(worker, warm_up), daemon=True).start()
-            else:
-                self._idle.put(worker)
+        for worker in workers[1:] if warm_up else workers:
+            self._idle.put(worker)
+        if warm_up:
+            threading.Thread(target=self._start, args=(workers[0], warm_up), daemon=True).start()
 
     def _start(self, worker: Worker, warm_up: Callable[[], None]) -> None:
         with suppress(Failure):  # whatever it is, the first check says so
@@ -231,8 +240,14 @@ def compiler_caches(folder: Path) -> dict[str, str]:
     return {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | {name: str(folder / name.lower()) for name in names}
 
 
-def _room() -> Path | None:
-    """Where the files of the groups go: into memory, if half of it is free and large; else where temporary files go."""
+def _memory() -> Path | None:
+    """Where the files of the groups go: into memory, if there is much; None for where temporary files go.
+
+    What runs that were killed left in memory goes now: nothing else would remove it before the machine restarts.
+    """
+    for left in _MEMORY.glob(f"{_PREFIX}*"):
+        if not Path("/proc", left.name.removeprefix(_PREFIX).partition("-")[0]).exists():
+            shutil.rmtree(left, ignore_errors=True)
     try:
         return _MEMORY if shutil.disk_usage(_MEMORY).free >= _ROOM_BYTES else None
     except OSError:

@@ -1,7 +1,8 @@
 """Does `compare` see a slowdown of 5 %, and nothing where there is nothing? Ten times on the device itself.
 
 Each time the same page is measured as BASE, again as HEAD, and once more with 5 % planted (`graphed_slow`), block by
-block in turns and in new processes, through the sweep's own bench; `compare` then judges the two pairs of folders.
+block in turns and in new processes, through the sweep's own bench; `compare` then judges the two pairs of folders. The
+processes of the next comparison import what they need meanwhile.
 """
 
 from __future__ import annotations
@@ -9,19 +10,23 @@ from __future__ import annotations
 import csv
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
-from harness import parity, records, sweep
+from harness import jobs, parity, records, sweep
 from harness.compare import Settings as CompareSettings
 from harness.compare import compare
 from harness.compare_findings import EXIT_CODES
 from harness.compare_timings import Timing
 from harness.grid import Cell
 from harness.parity import Settings
-from harness.rows import latest
-from implementations.registry import Implementation
+from harness.rows import ParityRow, latest
+from harness.worker import Failure, Worker
+from implementations.registry import Device, Implementation
 from spec.cases import CASES
 
 FILE = "compare_proof.csv"
@@ -64,22 +69,61 @@ def run(numbers: Iterable[int], settings: Settings) -> Iterator[Pair]:
     checked = [row for _, rows in parity.run(parity.with_yardstick(cells), settings) for row in rows]
     if wrong := [row for row in checked if row.status != "ok"]:
         raise ValueError(f"the pages to be compared are not right: {wrong[0].implementation}: {wrong[0].reason}")
-    for number in numbers:
-        with tempfile.TemporaryDirectory(prefix="ttt-lab-pairs-") as scratch:
-            folders = {name: records.results_folder(Path(scratch) / name) for name in _PAGES}
-            for check in checked:
-                if (name := check.implementation.partition(".")[2]) in folders:
-                    records.append(folders[name] / "parity.csv", [replace(check, implementation=KEY)])
-            for row, samples in sweep.run(cells, latest(checked), sweep.Protocol(PROCESSES, ("warm",)), settings):
-                name = row.implementation.partition(".")[2]
-                if row.status != "ok":
-                    raise ValueError(f"{row.implementation} was not measured: {row.status}: {row.reason}")
-                records.append(folders[name] / "sweep.csv", [replace(row, implementation=KEY)])
-                samples = [replace(sample, implementation=KEY) for sample in samples]
-                records.append(folders[name] / "samples.csv", samples)
-            for head in ("same", "slow"):
-                found = compare(str(folders["base"]), str(folders[head]), CompareSettings())
-                yield from (_pair(number, head, timing, found.exit_code) for timing in found.timings)
+    with closing(_Started(PROCESSES * len(_PAGES), settings.stamp.device)) as started:
+        for number in numbers:
+            yield from _compared(number, cells, checked, settings, started)
+
+
+def _compared(
+    number: int, cells: list[Cell], checked: list[ParityRow], settings: Settings, started: _Started
+) -> Iterator[Pair]:
+    protocol = sweep.Protocol(PROCESSES, ("warm",))
+    with tempfile.TemporaryDirectory(prefix="ttt-lab-pairs-") as scratch:
+        folders = {name: records.results_folder(Path(scratch) / name) for name in _PAGES}
+        for check in checked:
+            if (name := check.implementation.partition(".")[2]) in folders:
+                records.append(folders[name] / "parity.csv", [replace(check, implementation=KEY)])
+        for row, samples in sweep.run(cells, latest(checked), protocol, settings, started.take):
+            name = row.implementation.partition(".")[2]
+            if row.status != "ok":
+                raise ValueError(f"{row.implementation} was not measured: {row.status}: {row.reason}")
+            records.append(folders[name] / "sweep.csv", [replace(row, implementation=KEY)])
+            samples = [replace(sample, implementation=KEY) for sample in samples]
+            records.append(folders[name] / "samples.csv", samples)
+        for head in ("same", "slow"):
+            found = compare(str(folders["base"]), str(folders[head]), CompareSettings())
+            yield from (_pair(number, head, timing, found.exit_code) for timing in found.timings)
+
+
+class _Started:
+    """Processes that import what they need before they are asked for, so many at a time."""
+
+    def __init__(self, count: int, device: Device):
+        self._device, self._threads = device, ThreadPoolExecutor(count)
+        self._next: deque[tuple[Worker, Future[None]]] = deque()
+        for _ in range(count):
+            self._start()
+
+    def take(self, environment: Mapping[str, str]) -> Worker:
+        """One of them, and another starts; none has use for the caches of compilers that `environment` names."""
+        worker, warm = self._next.popleft()
+        self._start()
+        warm.result()
+        return worker
+
+    def close(self) -> None:
+        """End those that nobody took."""
+        for worker, _ in self._next:
+            worker.close()
+        self._threads.shutdown()
+
+    def _start(self) -> None:
+        worker = Worker()
+        self._next.append((worker, self._threads.submit(self._warm_up, worker)))
+
+    def _warm_up(self, worker: Worker) -> None:
+        with suppress(Failure):  # whatever it is, the first call says so
+            worker.call(jobs.warm_up, None, self._device, timeout=parity.WARM_UP_SECONDS)
 
 
 def save(folder: Path, pairs: list[Pair]) -> Path:

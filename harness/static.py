@@ -6,7 +6,10 @@ Exit code 1: a kernel does not compile, or spills more than its file declares.
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -60,12 +63,20 @@ def run(options: argparse.Namespace) -> int:
 def report(
     implementations: Iterable[Implementation], architectures: Iterable[str] = ARCHITECTURES, git_sha: str = ""
 ) -> Iterator[StaticRow]:
-    """One row for each kernel and architecture of `implementations`, in their order.
+    """One row for each kernel and architecture of `implementations`, in their order; NVRTC compiles several at once.
 
     Raises:
         ValueError: an implementation lists one setting of a kernel twice.
     """
-    architectures = tuple(architectures)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = [pool.submit(*task) for task in _tasks(implementations, tuple(architectures), git_sha)]
+        yield from (row.result() for row in rows)
+
+
+def _tasks(
+    implementations: Iterable[Implementation], architectures: tuple[str, ...], git_sha: str
+) -> Iterator[tuple[Any, ...]]:
+    """What gives each row: a function and its arguments."""
     for implementation in implementations:
         common: dict[str, Any] = {"implementation": implementation.key, "git_sha": git_sha}
         common["source_hash"] = implementation.source_hash()
@@ -78,12 +89,12 @@ def report(
             reason = f"{implementation.kernels}: {type(error).__name__}: {first_error(str(error))}"
             status = "unsupported" if missing else "error"
             for architecture in architectures:
-                yield _row(common, None, architecture, status=status, reason=reason)
+                yield (functools.partial(_row, common, None, architecture, status=status, reason=reason),)
             continue
         _refuse_twins(implementation.key, kernels)
         for kernel in kernels:
             for architecture in architectures:
-                yield _of_kernel(common, kernel, architecture)
+                yield _of_kernel, common, kernel, architecture
 
 
 def table(rows: Iterable[StaticRow]) -> Table:

@@ -8,12 +8,15 @@ import io
 import math
 import re
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.static_binary import Binary, CompileError, MissingTool, first_error
 from implementations.kernels import ArgumentTypes, TritonKernel
+
+_ONE_AT_A_TIME = threading.Lock()  # its settings and the standard output, where its log goes, are the process's
 
 
 def version() -> str:
@@ -69,6 +72,7 @@ def compile(kernel: TritonKernel, architecture: str) -> Binary:
         options["maxnreg"] = kernel.maxnreg
     printed = io.StringIO()
     with (
+        _ONE_AT_A_TIME,
         tempfile.TemporaryDirectory() as cache,
         knobs.cache.scope(),
         knobs.compilation.scope(),

@@ -14,15 +14,16 @@ from __future__ import annotations
 import fcntl
 import itertools
 import re
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from harness import ceilings, jobs, parity
 from harness.ceilings import Ceilings
@@ -38,10 +39,11 @@ from spec.cost import bytes_min, flops, working_bytes
 from spec.problem import PASSES, Pass
 
 ROUNDS = (2, 3)  # at least, in all processes together; at most, in each: fewer of what is slow
-PROCESS_SECONDS = 1.0  # for all of a process's rounds, if that is more than the fewest
+PROCESS_SECONDS = 0.5  # for all of a process's rounds, if that is more than the fewest
 BLOCK_SECONDS = 0.02
 BLOCK_CALLS = 20
-BLOCK_LAUNCHES = 3000  # cupti-python makes an object of each, in a tenth of a millisecond
+BLOCK_LAUNCHES = 3000  # of recorded calls
+RECORD_SECONDS = 1e-4  # for each launch: cupti-python makes an object of it
 # Not `unsupported`: what was missing may have been installed since.
 _FINAL = ("ok", "wrong", "oom", "timeout", "crash", "error")
 
@@ -93,9 +95,16 @@ def of_cells(rows: Iterable[Row], cells: Iterable[Cell], device: Device) -> list
 
 
 def run(
-    cells: Iterable[Cell], checked: Iterable[ParityRow], protocol: Protocol, settings: Settings
+    cells: Iterable[Cell],
+    checked: Iterable[ParityRow],
+    protocol: Protocol,
+    settings: Settings,
+    worker: Callable[[Mapping[str, str]], Worker] = Worker,
 ) -> Iterator[tuple[SweepRow, list[SampleRow]]]:
-    """Time every pass of every cell that `checked` found right; the others become rows that say why not."""
+    """Time every pass of every cell that `checked` found right; the others become rows that say why not.
+
+    `worker` makes a process with the given environment.
+    """
     verdicts: dict[Any, list[ParityRow]] = {}
     for row in checked:
         if row.seed == settings.seed and row.fingerprint == settings.stamp.fingerprint:
@@ -103,34 +112,30 @@ def run(
     groups: dict[Any, list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.case.name, cell.problem), []).append(cell)
-    bench = _Bench(protocol, settings)
+    bench = Bench(protocol, settings, worker)
     try:
-        for group in groups.values():
-            to_measure: list[_Task] = []
+        for group, following in zip(groups.values(), [*list(groups.values())[1:], None], strict=True):
+            to_measure: list[Cell] = []
+            blanks: dict[tuple[str, Pass], tuple[SweepRow, float | None]] = {}
             for cell in group:
                 rows = verdicts.get(_cell_key_of(cell, settings.stamp), [])
-                blanks = {}
+                passes = []
                 for pass_ in cell.passes:
                     blank = _blank(cell, pass_, rows, settings.stamp, protocol.ceilings)
                     if failure := _obstacle(cell, pass_, rows, settings.stamp.device):
                         yield from ((_failed(blank, failure, cache), []) for cache in protocol.caches)
                     else:
-                        blanks[pass_] = blank
-                to_measure.append(_Task(cell, blanks, {pass_: _first_call_s(rows, pass_) for pass_ in blanks}))
-            yield from bench.measure(to_measure)
+                        passes.append(pass_)
+                        blanks[cell.entry.key, pass_] = blank, _first_call_s(rows, pass_)
+                to_measure.append(cell._replace(passes=tuple(passes)))
+            for subject, pass_ in bench.measure(to_measure, following[0] if following else None):
+                blank, first_s = blanks[subject.cell.entry.key, pass_]
+                yield from (_result(subject, blank, first_s, cache) for cache in protocol.caches)
     finally:
         bench.close()
 
 
-class _Task(NamedTuple):
-    """A cell to be measured: by pass, the rows to be filled in, and what the first call took in its parity check."""
-
-    cell: Cell
-    blanks: dict[Pass, SweepRow]
-    first_call_s: dict[Pass, float | None]
-
-
-class _Subject:
+class Timed:
     """One cell of an implementation in the turns of one pass: its processes, and what they gave so far."""
 
     def __init__(self, cell: Cell, workers: list[Worker], numbers: Path, settings: Settings):
@@ -179,46 +184,62 @@ class _Subject:
                     worker.stop()
 
 
-class _Bench:
+class Bench:
     """The processes of a sweep, kept from cell to cell."""
 
-    def __init__(self, protocol: Protocol, settings: Settings):
-        self._protocol, self._settings = protocol, settings
+    def __init__(
+        self, protocol: Protocol, settings: Settings, worker: Callable[[Mapping[str, str]], Worker] = Worker
+    ):
+        self._protocol, self._settings, self._worker = protocol, settings, worker
         self._workers: dict[str, list[Worker]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="ttt-lab-sweep-")
-        self._numbers = Path(self._folder.name) / "numbers"
-        self._numbers.mkdir()
+        self._drawing = ThreadPoolExecutor(1)
+        self._drawn: dict[Any, Future[Path]] = {}  # by problem
+        self._numbers = Path()
 
     def close(self) -> None:
         """End the processes."""
+        self._drawing.shutdown(cancel_futures=True)
         for worker in itertools.chain(*self._workers.values()):
             worker.close()
         self._folder.cleanup()
 
-    def measure(self, tasks: list[_Task]) -> Iterator[tuple[SweepRow, list[SampleRow]]]:
-        """The rows of one problem: pass by pass, the implementations in turns."""
-        if any(task.blanks for task in tasks):
-            cell = tasks[0].cell
-            jobs.save_drawn(cell.case, cell.problem, self._settings.seed, self._numbers)
+    def measure(self, cells: list[Cell], following: Cell | None) -> Iterator[tuple[Timed, Pass]]:
+        """The cells of one problem, pass by pass, in turns; `following` is of the next problem."""
+        if any(cell.passes for cell in cells):
+            self._numbers = self._draw(cells[0]).result()
+        if following:
+            self._draw(following)
         for pass_ in PASSES:
-            of_pass = [task for task in tasks if pass_ in task.blanks]
-            subjects = [self._subject(task.cell) for task in of_pass]
+            subjects = [self._subject(cell) for cell in cells if pass_ in cell.passes]
             with _device_to_itself(self._settings.stamp):
                 self._take_turns(subjects, pass_)
                 for number, subject in enumerate(subjects):
                     if subject.failure and subject.failure.status == "oom" and self._shares_memory():
                         subjects[number] = self._alone(subject.cell, pass_)
-            for task, subject in zip(of_pass, subjects, strict=True):
-                blank, first_s = task.blanks[pass_], task.first_call_s[pass_]
-                yield from (_result(subject, blank, first_s, cache) for cache in self._protocol.caches)
-        for task in tasks:
-            self._subject(task.cell).clear()
+            yield from ((subject, pass_) for subject in subjects)
+        for cell in cells:
+            self._subject(cell).clear()
+        shutil.rmtree(self._numbers, ignore_errors=True)
 
-    def _subject(self, cell: Cell) -> _Subject:
+    def _draw(self, cell: Cell) -> Future[Path]:
+        """The folder with the numbers of a problem: drawn while the one in front of it is measured."""
+        key = cell.case.name, cell.problem
+
+        def draw() -> Path:
+            folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+            jobs.save_drawn(cell.case, cell.problem, self._settings.seed, folder)
+            return folder
+
+        if key not in self._drawn:
+            self._drawn[key] = self._drawing.submit(draw)
+        return self._drawn[key]
+
+    def _subject(self, cell: Cell) -> Timed:
         key = cell.entry.key
         if key not in self._workers:
-            self._workers[key] = [Worker(self._environment()) for _ in range(self._protocol.processes)]
-        return _Subject(cell, self._workers[key], self._numbers, self._settings)
+            self._workers[key] = [self._worker(self._environment()) for _ in range(self._protocol.processes)]
+        return Timed(cell, self._workers[key], self._numbers, self._settings)
 
     def _environment(self) -> dict[str, str]:
         """Compilers find what the parity checks made, and what other processes of the sweep did; nothing older.
@@ -228,7 +249,7 @@ class _Bench:
         caches = compiler_caches(self._settings.compiled or Path(self._folder.name))
         return caches | ({"OMP_NUM_THREADS": "1"} if self._settings.stamp.device == "cpu" else {})
 
-    def _take_turns(self, subjects: Sequence[_Subject], pass_: Pass) -> None:
+    def _take_turns(self, subjects: Sequence[Timed], pass_: Pass) -> None:
         turns = list(itertools.product(range(self._protocol.processes), subjects))
         at_once = min(len(turns), *(parity.DEVICE_BYTES // working_bytes(s.cell.problem) for s in subjects), 64)
         with ThreadPoolExecutor(max(at_once, 1)) as pool:
@@ -242,7 +263,7 @@ class _Bench:
             for process, subject in turns[first:] + turns[:first]:
                 _block(subject, process, round_, pass_, cache)
 
-    def _alone(self, cell: Cell, pass_: Pass) -> _Subject:
+    def _alone(self, cell: Cell, pass_: Pass) -> Timed:
         """The pass of this cell with nothing else on the device, one process after the other."""
         for worker in itertools.chain(*self._workers.values()):
             worker.stop()
@@ -259,15 +280,18 @@ class _Bench:
         return sum(worker.running for worker in itertools.chain(*self._workers.values())) > 1
 
 
-def _block(subject: _Subject, process: int, round_: int, pass_: Pass, cache: Cache) -> None:
+def _block(subject: Timed, process: int, round_: int, pass_: Pass, cache: Cache) -> None:
     if subject.failure or cache in subject.refused:
         return
     ready = subject.ready[process]
-    seconds, recorded = ready.call_ms / 1e3, ready.trial.launches if ready.timer == CuptiClock.name else None
-    calls = min(int(BLOCK_SECONDS / seconds), BLOCK_CALLS, BLOCK_LAUNCHES // (recorded or 1))
+    seconds, recorded = ready.call_ms / 1e3, 0
+    if ready.timer == CuptiClock.name:
+        recorded = subject.ready[0].trial.launches or 0
+    calls = min(int(BLOCK_SECONDS / seconds), BLOCK_CALLS, BLOCK_LAUNCHES // max(recorded, 1))
     calls = max(calls, 1)
     fewest = -(-ROUNDS[0] // len(subject.workers))
-    if round_ >= max(fewest, PROCESS_SECONDS / ((2 * calls + 1) * seconds)):  # on the device, on the host, uncounted
+    block_s = (2 * calls + 1) * seconds + calls * recorded * RECORD_SECONDS  # device, host, one uncounted
+    if round_ >= max(fewest, PROCESS_SECONDS / block_s):
         return
     block = subject.call(process, jobs.block, pass_, cache, calls)
     if block:
@@ -283,40 +307,48 @@ def _first_call_s(checked: Iterable[ParityRow], pass_: Pass) -> float | None:
     return None if None in both else sum(filter(None, both))
 
 
-def _result(
-    subject: _Subject, blank: SweepRow, first_call_s: float | None, cache: Cache
-) -> tuple[SweepRow, list[SampleRow]]:
+def measured(subject: Timed, cache: Cache) -> dict[str, Any]:
+    """What was measured of a cell, as columns of a row.
+
+    Raises:
+        Failure: why there is nothing.
+    """
     blocks = subject.blocks.get(cache, [])
     if failure := subject.failure or subject.refused.get(cache):
-        return _failed(blank, failure, cache), []
+        raise failure
     on_device = [ms for _, _, block in blocks for ms in block.device.ms]
-    on_host = [ms for _, _, block in blocks for ms in block.host_ms]
     first = subject.ready[0]
     p20, median, p80 = percentiles(on_device)
     states = [block.state for _, _, block in blocks if block.state]
     throttles = sorted({reason for state in states for reason in state.throttles})
-    row = replace(
-        blank,
-        status="ok",
-        reason="",
-        cache=cache,
-        device_ms=median,
-        device_ms_p20=p20,
-        device_ms_p80=p80,
-        host_ms=statistics.median(on_host),
-        first_call_s=first.first_call_s if first_call_s is None else first_call_s,
-        samples=len(on_device),
-        timer=first.timer,
-        peak_memory_bytes=first.peak_memory_bytes,
-        roofline_fraction=blank.roofline_ms / median if blank.roofline_ms else None,
-        launches=first.trial.launches,
-        kernels=first.trial.kernels,
-        sm_clock_mhz=statistics.median(state.sm_clock_mhz for state in states) if states else None,
-        power_w=statistics.median(state.power_w for state in states) if states else None,
-        throttled=bool(throttles) if states else None,
-        throttle_reasons="; ".join(throttles),
-        processes=len({process for process, _, _ in blocks}),
-    )
+    return {
+        "device_ms": median,
+        "device_ms_p20": p20,
+        "device_ms_p80": p80,
+        "host_ms": statistics.median(ms for _, _, block in blocks for ms in block.host_ms),
+        "samples": len(on_device),
+        "timer": first.timer,
+        "peak_memory_bytes": first.peak_memory_bytes,
+        "launches": first.trial.launches,
+        "kernels": first.trial.kernels,
+        "sm_clock_mhz": statistics.median(state.sm_clock_mhz for state in states) if states else None,
+        "power_w": statistics.median(state.power_w for state in states) if states else None,
+        "throttled": bool(throttles) if states else None,
+        "throttle_reasons": "; ".join(throttles),
+        "processes": len({process for process, _, _ in blocks}),
+    }
+
+
+def _result(
+    subject: Timed, blank: SweepRow, first_call_s: float | None, cache: Cache
+) -> tuple[SweepRow, list[SampleRow]]:
+    try:
+        columns = measured(subject, cache)
+    except Failure as failure:
+        return _failed(blank, failure, cache), []
+    columns["first_call_s"] = subject.ready[0].first_call_s if first_call_s is None else first_call_s
+    columns["roofline_fraction"] = blank.roofline_ms / columns["device_ms"] if blank.roofline_ms else None
+    row = replace(blank, status="ok", reason="", cache=cache, **columns)
     return row, [
         SampleRow(
             **{name: getattr(row, name) for name in ("run_id", *SampleRow.KEY)},
@@ -326,7 +358,7 @@ def _result(
             host_ms=host_ms,
             sm_clock_mhz=block.state.sm_clock_mhz if block.state else None,
         )
-        for process, round_, block in blocks
+        for process, round_, block in subject.blocks[cache]
         for device_ms, host_ms in zip(block.device.ms, block.host_ms, strict=True)
     ]
 
@@ -379,6 +411,12 @@ def _device_to_itself(stamp: Stamp) -> Iterator[None]:
     with (Path(tempfile.gettempdir()) / f"ttt-lab-{name}.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def is_of(row: ParityRow, cell: Cell, settings: Settings) -> bool:
+    """Whether a parity row is of this cell: of its code, on this machine and with this seed."""
+    current = row.seed == settings.seed and row.fingerprint == settings.stamp.fingerprint
+    return current and _cell_key(row) == _cell_key_of(cell, settings.stamp)
 
 
 def _is_current(row: ParityRow | SweepRow, stamp: Stamp) -> bool:

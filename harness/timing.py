@@ -121,9 +121,11 @@ class Stand:
                 break
         peak = framework.peak_memory_bytes()
         self._is_slow, self._is_large = seconds > SLOW_SECONDS, (peak or 0) > LARGE_BYTES
-        self._clock, trial = clock_for(framework, self._calls[0], seconds * 1e3)
-        if timer and timer != self._clock.name:
+        trial = Times([seconds * 1e3])
+        if timer:
             self._clock = clock_named(timer, framework)
+        else:
+            self._clock, trial = clock_for(framework, self._calls[0], seconds * 1e3)
         if peak is not None and before is not None and self._empty_bytes is not None:
             peak += (before - self._empty_bytes) // len(self._calls) - before  # what one set of inputs takes, not all
         self._pass = pass_

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -17,6 +18,9 @@ from typing import Any
 
 from harness.frameworks import Unsupported
 from harness.rows import Status
+
+# After an illegal access, say, nothing works on the device any more in that process.
+_DEVICE_ERROR = re.compile(r"CUDA error|CUDA_ERROR|cudaError|CUDADriverError|CUDARuntimeError")
 
 
 class Failure(Exception):
@@ -66,6 +70,8 @@ class Worker:
             self.stop()
             raise Failure("crash", f"the process {died}{': ' + last if last else ''}") from error
         if status != "ok":
+            if status == "error" and _DEVICE_ERROR.search(value):
+                self.stop()
             raise Failure(status, value)
         return value
 

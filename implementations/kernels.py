@@ -6,7 +6,7 @@ own launches use: share the constants with the launch, or the report is about ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,3 +106,8 @@ class CudaKernel:
 
 
 Kernel = TritonKernel | CudaKernel
+
+
+def once(kernels: Iterable[TritonKernel]) -> Iterator[TritonKernel]:
+    """Each setting of a kernel once: passes and problems share some."""
+    yield from {(kernel.name, kernel.variant): kernel for kernel in kernels}.values()

@@ -88,9 +88,13 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}[self.dtype]
 
 
-@functools.lru_cache(maxsize=256)  # a call checks its tensors while the device waits for it
 def tensor_specs(kind: type, problem: Problem) -> tuple[TensorSpec, ...]:
     """The tensors of the named tuple `kind` (say `LinearInputs`), in its order, at the sizes of `problem`."""
+    return _tensor_specs(kind, problem)
+
+
+@functools.lru_cache(maxsize=256)  # a call checks its tensors while the device waits for it
+def _tensor_specs(kind: type, problem: Problem) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(
             name,

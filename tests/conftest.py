@@ -44,6 +44,11 @@ def forward(inputs, problem):
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first: at the end nobody waits for it alone."""
+    items.sort(key=lambda item: item.path.stem not in ("test_survival", "test_command"))
+
+
 @pytest.fixture(scope="session")
 def ours(tmp_path_factory) -> Path:
     """A folder with somebody else's package: `ours.wrong` spoils one element, `ours.slow` takes its time.

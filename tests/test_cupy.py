@@ -31,7 +31,7 @@ KERNELS = Path(cupy_plain.__file__).parent / "kernels"
 def verdicts(entry: Implementation, case: Case, problem: Problem, folder: Path) -> dict[str, str]:
     """What the rule has against each tensor."""
     jobs.save_truth(case, problem, 0, "cpu", folder)
-    checks = (jobs.check(each, case, problem, 0, "cpu", folder) for each in (entry, implementations()[rule.YARDSTICK]))
+    checks = (jobs.check(each, case, problem, "cpu", folder) for each in (entry, implementations()[rule.YARDSTICK]))
     judged = ((check.tensor, rule.judge(check, beside, case, problem)) for check, beside in zip(*checks, strict=True))
     return {tensor: verdict.reason for tensor, verdict in judged if verdict.reason}
 

@@ -61,14 +61,12 @@ def both(inputs: LinearInputs, cotangents: LinearOutputs, which=page, problem: P
 
 
 @emulated
-def test_groups_of_saved_states_change_no_bit_of_what_follows_in_order():
+def test_groups_of_saved_states_change_no_bit_of_the_forward_and_little_of_the_backward():
     inputs, cotangents = drawn(CASE, PROBLEM)
     whole, cut = (both(inputs, cotangents, group=group) for group in (16, 4))
-    sums = slice(7, 10)  # d_token_eta, d_ln_weight, d_ln_bias are summed by group
-    for x, y in zip(whole[:7] + whole[10:], cut[:7] + cut[10:], strict=True):
-        assert torch.equal(x, y)
-    for x, y in zip(whole[sums], cut[sums], strict=True):
-        torch.testing.assert_close(x, y)
+    assert all(torch.equal(x, y) for x, y in zip(whole[:3], cut[:3], strict=True))
+    for x, y in zip(whole[3:], cut[3:], strict=True):  # a group's first z1 is the product itself
+        assert (x.double() - y.double()).norm() < 0.01 * x.double().norm()
 
 
 @emulated
@@ -84,9 +82,10 @@ def test_threads_in_the_opposite_order_give_the_same_bits(monkeypatch):
 @pytest.mark.parametrize(
     "old, new, wrong",
     [
-        # The inner gradient without its projection; the update that a second mini-batch must see; one reader's rows.
-        ("mine.along = along_x2 + ", "mine.along = ", {"out", "final_w1"}),
-        ("weights.add_bias(bias);\n        if", "if", {"final_b1"}),
+        # The inner gradient without half of its projection; what the next mini-batch must see; what b1 must.
+        ("along_x2 + rstd * (sums[4]", "rstd * (sums[4]", {"out", "final_w1"}),
+        ("mma<T>(rise[h], keys, step_before[h], step_before[2 + h]);", "(void)keys;", {"out", "final_w1"}),
+        ("weights.b[h][j] += gradient.bias[h][j];", "", {"final_b1"}),
     ],
 )
 def test_a_fault_in_the_kernel_shows(monkeypatch, tmp_path, old, new, wrong):

@@ -1,7 +1,8 @@
-"""What parity runs on: numbers handed over in files, copies that nobody changes later, groups, slots and processes."""
+"""What parity runs on: numbers handed over in files, copies that nobody changes later, groups, room and processes."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -78,7 +79,7 @@ class Calls:
 
 
 def test_a_group_is_yielded_when_it_is_done_and_no_file_is_left(monkeypatch, tmp_path):
-    monkeypatch.setattr(parity, "_room", lambda: tmp_path)
+    monkeypatch.setattr(parity, "_memory", lambda: tmp_path)
     names = ["size-d16", "stress-tiny", "stress-large", "stress-strided"]
 
     class Slow(Calls):
@@ -87,22 +88,33 @@ def test_a_group_is_yielded_when_it_is_done_and_no_file_is_left(monkeypatch, tmp
             return super().call(function, case, *arguments, timeout=timeout)
 
     monkeypatch.setattr(parity, "Worker", lambda environment: Slow(0))
-    monkeypatch.setitem(parity._PROCESSES, "cpu", 2)
+    monkeypatch.setitem(parity._PROCESSES_OF_SLOW, "cpu", 2)
     found = [cell.case.name for cell, _ in parity.run(cells_of(*names), SETTINGS)]
     assert sorted(found) == sorted(names) and found[-1] == "size-d16"
     assert not list(tmp_path.iterdir())
 
 
-def test_what_takes_more_of_the_memory_takes_more_of_the_slots(monkeypatch):
-    calls = Calls(0.05)
-    monkeypatch.setattr(parity, "Worker", lambda environment: calls)
-    monkeypatch.setitem(parity._PROCESSES, "cpu", 8)
-    monkeypatch.setitem(parity._GROUPS, "cpu", 8)
-    names = ["size-d16", "stress-tiny", "stress-large", "stress-strided"]
-    assert len(list(parity.run(cells_of(*names), SETTINGS))) == 4 and calls.most == 4
-    calls.most = 0
-    monkeypatch.setattr(parity._Runner, "_slots_of", lambda self, problem: 2)
-    assert len(list(parity.run(cells_of(*names), SETTINGS))) == 4 and calls.most == 2
+def test_what_takes_more_of_the_memory_has_less_beside_it():
+    room, most, now, lock = parity._Room(4, 100), 0, 0, threading.Lock()
+
+    def work(size):
+        nonlocal most, now
+        with room.taking(size):
+            with lock:
+                now += 1
+                most = max(most, now)
+            time.sleep(0.05)
+            with lock:
+                now -= 1
+
+    for size, at_once in ((0, 4), (40, 2), (60, 1), (1000, 1)):
+        most = 0
+        threads = [threading.Thread(target=work, args=(size,)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert most == at_once and now == 0
 
 
 def test_out_of_memory_is_tried_again_alone_on_a_gpu_only(monkeypatch):
@@ -110,7 +122,7 @@ def test_out_of_memory_is_tried_again_alone_on_a_gpu_only(monkeypatch):
         stamp = environment.Stamp("run", device, "", "", "", "", "", "")
         runner = object.__new__(parity._Runner)
         runner.settings = Settings(stamp, jobs=2)
-        runner._slots, runner._waiting_for_several = threading.Semaphore(2), threading.Lock()
+        runner._room = parity._Room(2, parity.DEVICE_BYTES)
         calls = Calls(0, [Failure("oom", "80 GiB")])
         found = runner._call(calls, CASE.problem("linear", "fp32"), jobs.check)
         assert isinstance(found, Failure) == (tried == 1) and calls.stopped == tried - 1
@@ -120,6 +132,19 @@ def test_the_memory_that_a_check_takes_is_known_roughly():
     problem = CASES["lm-1.3b"].problem("mlp", "bf16")
     assert 3.04e9 / 2 < working_bytes(problem) < 2 * 3.04e9  # measured: torch.eager, forward and backward, on an H100
     assert working_bytes(CASES["lm-1.3b-long"].problem("mlp", "bf16")) == 4 * working_bytes(problem)
+
+
+def test_what_a_killed_run_left_in_memory_goes(monkeypatch, tmp_path):
+    monkeypatch.setattr(parity, "_MEMORY", tmp_path)
+    monkeypatch.setattr(parity, "_ROOM_BYTES", 1)
+    gone, kept = tmp_path / "ttt-lab-truth-99999999-a", tmp_path / f"ttt-lab-truth-{os.getpid()}-a"
+    for folder in (gone, kept):
+        (folder / "in it").mkdir(parents=True)
+    assert parity._memory() == tmp_path and not gone.exists() and kept.exists()
+    monkeypatch.setattr(parity, "_ROOM_BYTES", 2**70)
+    assert parity._memory() is None
+    monkeypatch.setattr(parity, "_MEMORY", tmp_path / "none")
+    assert parity._memory() is None
 
 
 def test_a_first_call_is_that_of_the_check(tmp_path):

@@ -113,11 +113,11 @@ def test_the_grids_of_peers_have_all_of_them():
     for grid in ("peers", "peers-gpu"):
         keys = {cell.entry.key for cell in load(grid, {})}
         assert {entry.key for entry in select(["peer"])} <= keys
-    ours, all_of_them = (
+    ours, all_of_them, checked = (
         {(cell.entry.key, cell.case.name, cell.problem, name) for cell in load(grid, {}) for name in cell.passes}
-        for grid in ("gpu", "peers-gpu")
+        for grid in ("gpu", "peers-gpu", "parity-gpu")
     )
-    assert ours < all_of_them
+    assert ours < all_of_them < checked
 
 
 def test_a_page_that_finds_the_wrong_gpu_is_unsupported():

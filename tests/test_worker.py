@@ -137,6 +137,13 @@ def test_an_exit_is_a_crash_with_its_code_and_last_line(shared):
     assert shared.call(add, 2, 3, timeout=TIMEOUT) == 5
 
 
+@pytest.mark.parametrize(("text", "starts_anew"), [("CUDA error: an illegal memory access", True), ("a typo", False)])
+def test_after_an_error_of_the_device_the_next_call_has_a_process_of_its_own(shared, text, starts_anew):
+    before = shared.call(process, timeout=TIMEOUT)
+    assert failure(shared, fail, RuntimeError, text).reason == f"RuntimeError: {text}"
+    assert (shared.call(process, timeout=TIMEOUT) != before) == starts_anew
+
+
 def test_sys_exit_is_a_crash(shared):
     assert failure(shared, sys.exit, 3).status == "crash"
     assert shared.call(add, 2, 3, timeout=TIMEOUT) == 5

@@ -220,10 +220,13 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
     stages, half = 2 if chunks < 4 else 1, (chunks + 1) // 2
     squares = chunks * (chunks + 1) // 2 if causal else 0
     ahead = causal and chunks == 1
-    room = {1: 7, 2: 6}.get(chunks, (4 if causal else 5) if split == 2 else (3 if causal else 4))
+    room = {1: 7, 2: 5}.get(chunks, 3 if causal else 4)
     shared = (  # `BackwardShared` in `mlp_backward.cu`
-        (2 * stages + 3) * m * row * 2
-        + (8 * m * row * 2 + warps * (128 * d + 2048) // split if ahead else 64 + 32 * warps)
+        14 * 8
+        + 2 * 4 * d
+        + 2 * 4 * d * 16
+        + (2 * stages + 3) * m * row * 2
+        + (10 * m * row * 2 + warps * (128 * d + 1024) // split if ahead else 64 + 32 * warps)
         + (2 if chunks == 2 else 1) * warps * 16 * row * 4
         + ((2 * chunks + 3 * half) * 4 * d * 16 + 8 * m if split == 2 else 64)
         + min(7 if causal else 5, room) * chunks * warps * 1024 // split
@@ -234,7 +237,13 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
 
 
 # Bytes a thread that spill on the worst of the architectures, with one block a chain: half of its registers are state.
-_SPILLS = {"mlp_forward": 400, "mlp_forward_short": 200, "mlp_backward": 2400}
+# By the kernel, and whether a mini-batch is more than one chunk of 16 tokens. A cluster has half of the state in each.
+_SPILLS = {
+    ("mlp_forward_short", False): 120,
+    ("mlp_forward", True): 480,
+    ("mlp_backward", False): 500,
+    ("mlp_backward", True): 1200,
+}
 
 
 def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
@@ -246,7 +255,7 @@ def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
         threads=4 * d,
         options=(f"-DTTT_SPLIT={split}",),
         dynamic_shared_bytes=-(-shared // 16) * 16,
-        declared_spill_bytes=_SPILLS[name],
+        declared_spill_bytes=_SPILLS[name, m > 16] if split == 1 else 0,
         cluster=split,
         architectures=ARCHITECTURES if split == 1 else ARCHITECTURES[1:],
     )

@@ -1,7 +1,7 @@
 """TTT layers in Triton: `ttt_linear` is the page to read first."""
 
 from implementations.registry import Implementation
-from implementations.triton.limits import DTYPES, limit
+from implementations.triton.limits import DTYPES, limit, split_limit
 from implementations.triton.mlp_limits import offchain_limit
 from implementations.triton.mlp_limits import supports as mlp_limit
 from spec.problem import Problem
@@ -30,7 +30,7 @@ ENTRIES = (
         {"linear": "implementations.triton.split_linear"},
         dtypes=DTYPES,
         requires=("triton",),
-        supports=limit,
+        supports=split_limit,
         kernels="implementations.triton.split_linear",
         timed_on=("cuda",),
     ),
@@ -47,7 +47,7 @@ ENTRIES = (
     Implementation(
         "triton.best",
         "torch",
-        {"linear": "implementations.triton.best_linear", "mlp": "implementations.triton.ttt_mlp"},
+        {"linear": "implementations.triton.best_linear", "mlp": "implementations.triton.best_mlp"},
         dtypes=DTYPES,
         requires=("triton",),
         supports=_limit,

@@ -45,8 +45,12 @@ def matmul(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def matmul_add(a, b, c, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """c + a @ b, summed where c is."""
-    return tl.dot(nearest(a, DTYPE), nearest(b, DTYPE), c, input_precision=PRECISION)
+    """c + a @ b, summed where c is; in fp32 that would round c once for every row of b."""
+    if DTYPE.is_fp32():
+        c += tl.dot(a, b, input_precision=PRECISION)
+    else:
+        c = tl.dot(nearest(a, DTYPE), nearest(b, DTYPE), c, input_precision=PRECISION)
+    return c
 
 
 # --- Memory: mini-batch `n` of one head of a `View`, and the fast weights of one layer ---

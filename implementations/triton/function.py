@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implementations.triton import best_linear
+from implementations.triton import best_linear, best_mlp
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs, TensorSpec, tensor_specs, validate
 
 # Of each inner model the module with `forward` and `backward` as everywhere, and for what a forward saves beside its
 # inputs, fp32 tensors: `saved_shapes(problem)`, and `residuals(inputs, saved, problem)` as `backward` takes them.
-_PAGES: dict[str, Any] = {"linear": best_linear}
+_PAGES: dict[str, Any] = {"linear": best_linear, "mlp": best_mlp}
 
 
 def ttt(inputs: Inputs, problem: Problem) -> Outputs:

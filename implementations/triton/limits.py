@@ -24,6 +24,15 @@ def limit(problem: Problem) -> str | None:
     return None
 
 
+def split_limit(problem: Problem) -> str | None:
+    """Why `split_linear` does not solve `problem`, with the way out."""
+    if reason := limit(problem):
+        return reason
+    if problem.dtype == "fp32" and block_d(problem) * max(problem.mini_batch, 64) > 64 * 64:
+        return "head_dim, mini_batch: expected at most 64 in fp32, whose products fill the registers: use triton.chain"
+    return None
+
+
 def block_d(problem: Problem) -> int:
     """D rounded up to what a block may have: a power of 2 that matrix products take."""
     return max(16, 1 << (problem.head_dim - 1).bit_length())

@@ -60,6 +60,11 @@ class Pulled(NamedTuple):
     x2: Any  # [B H K F C], and what the scan multiplies with, as the next two
     slope: Any  # [B H K F C], gelu'(z1)
     curve: Any  # [B H K F C], g_x2 gelu''(z1)
+    p: Any  # [B H K C D], fp32, ln_weight (LN(z2) - (xv - xk))
+    mean_p: Any  # [B H K C], fp32, as the next three
+    along_p: Any  # mean of p x_hat
+    mean1: Any  # mean of ln_weight^2 x_hat
+    mean2: Any  # mean of ln_weight^2 x_hat^2
 
 
 class Sums(NamedTuple):
@@ -134,7 +139,7 @@ def read_out(
     xq = load_tokens(inputs.xq, batch, head, n, C, D, D)
     xk = load_tokens(inputs.xk, batch, head, n, C, D, D)
     lr = tl.load(token_pointers(inputs.lr, batch, head, n, C)).to(tl.float32)
-    rate, own, earlier = rates(shared.token_eta, M, C, CAUSAL)
+    rate, _own, _earlier = rates(shared.token_eta, M, C, CAUSAL)
     rate_lr = rate * lr[None, :]
     scores1 = nearest(rate_lr * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0), DTYPE)  # [C, D] @ [D, C] -> [C, C]
     z2_bar = tl.zeros([C, D], tl.float32)
@@ -172,7 +177,7 @@ def read_out_backward(
     xq = load_tokens(inputs.xq, batch, head, n, C, D, D)
     xk = load_tokens(inputs.xk, batch, head, n, C, D, D)
     lr = tl.load(token_pointers(inputs.lr, batch, head, n, C)).to(tl.float32)
-    rate, own, earlier = rates(shared.token_eta, M, C, CAUSAL)
+    rate, _own, _earlier = rates(shared.token_eta, M, C, CAUSAL)
     rate_lr = rate * lr[None, :]
     scores1 = nearest(rate_lr * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0), DTYPE)
 
@@ -190,6 +195,18 @@ def read_out_backward(
     d_attn2 = nearest(-rate_lr * matmul(d_z2_bar, g_z2, DTYPE, "ieee"), DTYPE)  # [C, D] @ [D, C] -> [C, C]
 
     attn2 = tl.full([C, C], 1.0, tl.float32)
+    # What the scan would else compute of the inner LayerNorm.
+    xv = load_tokens(inputs.xv, batch, head, n, C, D, D).to(tl.float32)
+    x_hat = tl.load(trace.x_hat + chunk * D * C + tl.arange(0, D)[None, :] * C + c[:, None])
+    ln_bias = load_row(shared.ln_bias, head, D, D)[None, :]
+    p = ln_weight * (ln_weight * x_hat + ln_bias - (xv - xk.to(tl.float32)))
+    tl.store(pulled.p + chunk * C * D + c[:, None] * D + tl.arange(0, D)[None, :], p)
+    tl.store(pulled.mean_p + chunk * C + c, tl.sum(p, 1) * (1.0 / D))
+    tl.store(pulled.along_p + chunk * C + c, tl.sum(p * x_hat, 1) * (1.0 / D))
+    scaled = ln_weight * ln_weight * x_hat
+    tl.store(pulled.mean1 + chunk * C + c, tl.sum(scaled, 1) * (1.0 / D))
+    tl.store(pulled.mean2 + chunk * C + c, tl.sum(scaled * x_hat, 1) * (1.0 / D))
+
     d_x_q = d_o
     d_scores = tl.zeros([C, C], tl.float32)
     for f in tl.range(0, F, BF, num_stages=STAGES):

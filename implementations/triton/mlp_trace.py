@@ -44,13 +44,8 @@ class Trace(NamedTuple):
     b1: Any  # [B H K F], fp32
     w2: Any  # [B H K F D]; for the backward at the start of every mini-batch, [B H K C/M F D]
     b2: Any  # [B H K D], fp32
-    x_hat: Any  # [B H K D C], fp32, of z2; for the backward alone, as all that follows
-    p: Any  # [B H K D C], fp32, ln_weight (LN(z2) - (xv - xk))
-    rstd: Any  # [B H K C], fp32, as the next four
-    mean_p: Any
-    along_p: Any  # mean of p x_hat
-    mean1: Any  # mean of ln_weight^2 x_hat
-    mean2: Any  # mean of ln_weight^2 x_hat^2
+    x_hat: Any  # [B H K D C], fp32, of z2; for the backward alone, as the next one
+    rstd: Any  # [B H K C], fp32
 
 
 @triton.jit
@@ -127,6 +122,7 @@ def recurrence(
     """Mini-batches `first` to `first + count` of chain `program_id(0)`, whose states are so many apart."""
     F: tl.constexpr = 4 * D
     R: tl.constexpr = C // M  # mini-batches in a chunk
+    BLOCKS: tl.constexpr = M // BT  # of a mini-batch; R is 1 where these are more
     DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
     # Keeps the small numbers lr g_z2 in the range of fp16.
     SCALE: tl.constexpr = 16.0 if DTYPE.is_fp16() else 1.0
@@ -145,74 +141,82 @@ def recurrence(
     w1_start = nearest(w1, DTYPE)
     w2_start = tl.trans(nearest(w2, DTYPE))
     # Tokens are loaded one block ahead.
-    block, last = first * (M // BT), (first + count) * (M // BT) - 1
+    block, last = first * BLOCKS, (first + count) * BLOCKS - 1
     next_xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
     next_xv = load_tokens(inputs.xv, batch, head, block, BT, D, D)
     next_lr = tl.load(token_pointers(inputs.lr, batch, head, block, BT))
-    for i in range(count):
+    for t in range(count * BLOCKS):
+        i, j = t // BLOCKS, t % BLOCKS * BT
         chunk = wide(chain) * tl.cdiv(count, R) + i // R
-        column = (i % R) * M
-        b1_start, b2_start = b1, b2
-        w2_rows = nearest(w2, DTYPE)
-        if BACKWARD:
-            tl.store(trace.w2 + (chunk * R + i % R) * D * F + tile, w2_rows)
-        if i % R == 0:
+        column = (i % R) * M + j
+        if (i % R) * M + j == 0:
             tl.store(trace.w1 + chunk * D * F + tile, nearest(w1, DTYPE))
             tl.store(trace.b1 + chunk * F + f, b1)
             if not BACKWARD:
-                tl.store(trace.w2 + chunk * D * F + tile, w2_rows)
+                tl.store(trace.w2 + chunk * D * F + tile, nearest(w2, DTYPE))
             tl.store(trace.b2 + chunk * D + d, b2)
-        for j in tl.static_range(0, M, BT):
-            xk, xv, lr = next_xk, next_xv, next_lr.to(tl.float32)
-            block = tl.minimum((first + i) * (M // BT) + j // BT + 1, last)
-            next_xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
-            next_xv = load_tokens(inputs.xv, batch, head, block, BT, D, D)
-            next_lr = tl.load(token_pointers(inputs.lr, batch, head, block, BT))
-            at_f, at_d = chunk * F * C + column + j, chunk * D * C + column + j
+        p_w2 = trace.w2 + (chunk * R + i % R if BACKWARD else chunk) * D * F
+        if BACKWARD:  # noqa: SIM102
+            if j == 0:
+                tl.store(p_w2 + tile, nearest(w2, DTYPE))
+        if BLOCKS == 1:
+            w1_rows, b1_rows = w1_start, b1
+        else:
+            tl.debug_barrier()  # what the mini-batch starts with is there
+            w1_rows = tl.load(trace.w1 + chunk * D * F + tile)
+            b1_rows = tl.load(trace.b1 + chunk * F + f)
+        xk, xv, lr = next_xk, next_xv, next_lr.to(tl.float32)
+        block = tl.minimum(first * BLOCKS + t + 1, last)
+        next_xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
+        next_xv = load_tokens(inputs.xv, batch, head, block, BT, D, D)
+        next_lr = tl.load(token_pointers(inputs.lr, batch, head, block, BT))
+        at_f, at_d = chunk * F * C + column, chunk * D * C + column
 
-            z1 = matmul(w1_start, tl.trans(xk), DTYPE, "ieee") + b1_start[:, None]  # [F, D] @ [D, M] -> [F, M]
-            x2, slope = gelu_first(z1)
-            tl.store(trace.z1 + at_f + hidden, nearest(z1, DTYPE))
-            x2 = nearest(x2, DTYPE)
-            z2 = matmul(w2_start, x2, DTYPE, "ieee") + b2_start[:, None]  # [D, F] @ [F, M] -> [D, M]
+        z1 = matmul(w1_rows, tl.trans(xk), DTYPE, "ieee") + b1_rows[:, None]  # [F, D] @ [D, M] -> [F, M]
+        x2, slope = gelu_first(z1)
+        tl.store(trace.z1 + at_f + hidden, nearest(z1, DTYPE))
+        x2 = nearest(x2, DTYPE)
+        if BLOCKS == 1:
+            w2_columns, b2_rows = w2_start, b2
+        else:
+            w2_columns = tl.load(p_w2 + f[None, :] * D + d[:, None])  # [D, F]
+            b2_rows = tl.load(trace.b2 + chunk * D + d)
+        z2 = matmul(w2_columns, x2, DTYPE, "ieee") + b2_rows[:, None]  # [D, F] @ [F, M] -> [D, M]
 
-            # Two sums after each other: of z2, and of all that its mean is taken from.
-            target = tl.trans(xv.to(tl.float32) - xk.to(tl.float32))
-            q = ln_weight * (ln_bias - target)
-            sum_z2, sum_q = sum_2(z2, q, 0)
-            centred = z2 - (sum_z2 * (1.0 / D))[None, :]
-            scaled = gamma2 * centred
-            variance, mean1, mean2, mean_q = sum_4(centred * centred, scaled, scaled * centred, q * centred, 0)
-            rstd = tl.rsqrt(variance * (1.0 / D) + EPS)
-            mean1 *= rstd * (1.0 / D)  # of gamma^2 x_hat
-            mean2 *= rstd * rstd * (1.0 / D)  # of gamma^2 x_hat^2
-            mean_p = mean1 + sum_q * (1.0 / D)
-            along_p = mean2 + rstd * mean_q * (1.0 / D)  # the mean of p x_hat
-            x_hat = centred * rstd[None, :]
-            p = gamma2 * x_hat + q
-            g_z2 = rstd[None, :] * (p - mean_p[None, :] - x_hat * along_p[None, :])
+        # Two sums after each other: of z2, and of all that its mean is taken from.
+        target = tl.trans(xv.to(tl.float32) - xk.to(tl.float32))
+        q = ln_weight * (ln_bias - target)
+        sum_z2, sum_q = sum_2(z2, q, 0)
+        centred = z2 - (sum_z2 * (1.0 / D))[None, :]
+        scaled = gamma2 * centred
+        variance, mean1, mean2, mean_q = sum_4(centred * centred, scaled, scaled * centred, q * centred, 0)
+        rstd = tl.rsqrt(variance * (1.0 / D) + EPS)
+        mean1 *= rstd * (1.0 / D)  # of gamma^2 x_hat
+        mean2 *= rstd * rstd * (1.0 / D)  # of gamma^2 x_hat^2
+        mean_p = mean1 + sum_q * (1.0 / D)
+        along_p = mean2 + rstd * mean_q * (1.0 / D)  # the mean of p x_hat
+        x_hat = centred * rstd[None, :]
+        p = gamma2 * x_hat + q
+        g_z2 = rstd[None, :] * (p - mean_p[None, :] - x_hat * along_p[None, :])
 
-            g_x2 = matmul(w2_rows, g_z2, DTYPE, "ieee")  # [F, D] @ [D, M] -> [F, M]
-            g_z1 = (-eta_last) * g_x2 * slope
-            w1 = matmul_add(g_z1, lr[:, None] * xk.to(tl.float32), w1, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
-            b1 += tl.sum(lr[None, :] * g_z1, 1)
-            lr_g_z2 = (-eta_last * lr)[None, :] * g_z2
-            if DTYPE.is_fp16():
-                x2 = x2.to(tl.float32) * (1 / SCALE)
-            w2 = matmul_add(x2, tl.trans(SCALE * lr_g_z2), w2, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
-            b2 += tl.sum(lr_g_z2, 1)
+        w2_rows = nearest(w2, DTYPE) if BLOCKS == 1 else tl.load(p_w2 + tile)
+        g_x2 = matmul(w2_rows, g_z2, DTYPE, "ieee")  # [F, D] @ [D, M] -> [F, M]
+        g_z1 = (-eta_last) * g_x2 * slope
+        w1 = matmul_add(g_z1, lr[:, None] * xk.to(tl.float32), w1, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
+        b1 += tl.sum(lr[None, :] * g_z1, 1)
+        lr_g_z2 = (-eta_last * lr)[None, :] * g_z2
+        if DTYPE.is_fp16():
+            x2 = x2.to(tl.float32) * (1 / SCALE)
+        w2 = matmul_add(x2, tl.trans(SCALE * lr_g_z2), w2, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
+        b2 += tl.sum(lr_g_z2, 1)
 
-            tl.store(trace.g_x2 + at_f + hidden, nearest(g_x2, DTYPE))
-            tl.store(trace.g_z2 + at_d + row, nearest(g_z2, DTYPE))
-            if BACKWARD:
-                token = chunk * C + column + j + m
-                tl.store(trace.x_hat + at_d + row, x_hat)
-                tl.store(trace.p + at_d + row, p)
-                tl.store(trace.rstd + token, rstd)
-                tl.store(trace.mean_p + token, mean_p)
-                tl.store(trace.along_p + token, along_p)
-                tl.store(trace.mean1 + token, mean1)
-                tl.store(trace.mean2 + token, mean2)
-        w1_start = nearest(w1, DTYPE)
-        w2_start = tl.trans(nearest(w2, DTYPE))
+        tl.store(trace.g_x2 + at_f + hidden, nearest(g_x2, DTYPE))
+        tl.store(trace.g_z2 + at_d + row, nearest(g_z2, DTYPE))
+        if BACKWARD:
+            token = chunk * C + column + m
+            tl.store(trace.x_hat + at_d + row, x_hat)
+            tl.store(trace.rstd + token, rstd)
+        if BLOCKS == 1:
+            w1_start = nearest(w1, DTYPE)
+            w2_start = tl.trans(nearest(w2, DTYPE))
     store_weights(end, wide(chain) * end_states, w1, b1, w2, b2, D)

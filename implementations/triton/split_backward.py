@@ -26,6 +26,10 @@ from implementations.triton.blocks import (
 )
 from implementations.triton.split_forward import (
     beside,
+    bias_add,
+    bias_block,
+    bias_row,
+    bias_start,
     eta_of,
     four_sums,
     inside_d,
@@ -127,8 +131,7 @@ def split_reverse_recurrence(
     mean_b = tl.sum(d_b, 0) * (1.0 / D)
     d_w = inside_d(d_w - mean_w[None, :], D, BLOCK_D, True)
     d_b = tl.where(tl.arange(0, BLOCK_D) < D, d_b - mean_b, 0.0)
-    ones = nearest(tl.full([M, M], 1.0, tl.float32), DTYPE)
-    d_b = tl.zeros([BLOCK_D, M] if TURN else [M, BLOCK_D], tl.float32) + over_d(d_b, TURN)
+    d_b = bias_start(d_b, M, BLOCK_D, TURN)
     read_w = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     read_b = tl.zeros([BLOCK_D], tl.float32)
     last = ((chain + 1) * mini_batches - 1) * M
@@ -138,26 +141,30 @@ def split_reverse_recurrence(
         chunk = chain * (mini_batches // R) + i // R
         if AFTER:
             d_w += load_matrix(pulled.read_w, chunk, D, BLOCK_D)
-            d_b += over_d(load_row(pulled.read_b, chunk, D, BLOCK_D), TURN)
+            d_b += bias_start(load_row(pulled.read_b, chunk, D, BLOCK_D), M, BLOCK_D, TURN)
         if i % R == R - 1:
             if not AFTER:  # needed when the chunk is done
                 read_w = load_matrix(pulled.read_w, chunk, D, BLOCK_D)
                 read_b = load_row(pulled.read_b, chunk, D, BLOCK_D)
             store_matrix(pulled.d_w, d_w, chunk, D, BLOCK_D)
-            store_row(pulled.d_b, tl.max(d_b, 1 - AXIS), chunk, D, BLOCK_D)
+            store_row(pulled.d_b, bias_row(d_b, TURN), chunk, D, BLOCK_D)
         xk = load_tokens(inputs.xk, batch, head, first + i, M, D, BLOCK_D)
         row = (chain * mini_batches + i) * M
         at = kept.five + wide(chain * mini_batches + i) * 8 * M + tl.arange(0, M)
         lr, rstd = over_tokens(tl.load(at), TURN), over_tokens(tl.load(at + M), TURN)
         q, q1 = over_tokens(tl.load(at + 2 * M), TURN), over_tokens(tl.load(at + 3 * M), TURN)
         q3 = over_tokens(tl.load(at + 4 * M), TURN)
-        x_hat, y, part = turn(x_hat_next, TURN), turn(y_next, TURN), turn(part_next, TURN)
-        following = (chain * mini_batches + tl.maximum(i - 1, 0)) * M
-        x_hat_next, y_next, part_next = _fetch(kept, pulled, following, M, D, BLOCK_D, AFTER)
         if TURN:
-            d_lr_g = -eta_last * matmul_add(d_w, tl.trans(xk), d_b, DTYPE, PRECISION)  # [D, D] @ [D, M] -> [D, M]
+            x_hat, y, part = tl.trans(x_hat_next), tl.trans(y_next), tl.trans(part_next)
+            following = (chain * mini_batches + tl.maximum(i - 1, 0)) * M
+            x_hat_next, y_next, part_next = _fetch(kept, pulled, following, M, D, BLOCK_D, AFTER)
         else:
-            d_lr_g = -eta_last * matmul_add(xk, tl.trans(d_w), d_b, DTYPE, PRECISION)  # [M, D] @ [D, D] -> [M, D]
+            x_hat, y, part = _fetch(kept, pulled, row, M, D, BLOCK_D, AFTER)
+        b_block = bias_block(d_b, M, BLOCK_D, TURN)
+        if TURN:
+            d_lr_g = -eta_last * matmul_add(d_w, tl.trans(xk), b_block, DTYPE, PRECISION)  # [D, D] @ [D, M] -> [D, M]
+        else:
+            d_lr_g = -eta_last * matmul_add(xk, tl.trans(d_w), b_block, DTYPE, PRECISION)  # [M, D] @ [D, D] -> [M, D]
         if not AFTER:
             d_lr_g += part.to(tl.float32)
         store_rows(pulled.d_lr_g, turn(d_lr_g, TURN), row, D, BLOCK_D, M)
@@ -169,15 +176,12 @@ def split_reverse_recurrence(
         d_z1 = rstd * rstd * (scaled - q * v - a * y - (w_v - a * q1) - x_hat * (v_y - a * q3))
         d_z1 = inside_d(d_z1, D, BLOCK_D, TURN)
         d_w = multiply_add(d_z1 if TURN else tl.trans(d_z1), xk, d_w, 1.0, DTYPE, PRECISION)
-        if TURN:
-            d_b = multiply_add(d_z1, ones, d_b, 1.0, DTYPE, PRECISION)
-        else:
-            d_b = multiply_add(ones, d_z1, d_b, 1.0, DTYPE, PRECISION)
+        d_b = bias_add(d_b, d_z1, 1.0, TURN)
         if not AFTER and i % R == 0:
             d_w += read_w
-            d_b += over_d(read_b, TURN)
+            d_b += bias_start(read_b, M, BLOCK_D, TURN)
     store_matrix(d_start.w, tl.trans(inside_d(d_w + mean_w[None, :], D, BLOCK_D, True)), chain, D, BLOCK_D)
-    store_row(d_start.b, tl.max(d_b, 1 - AXIS) + mean_b, chain, D, BLOCK_D)
+    store_row(d_start.b, bias_row(d_b, TURN) + mean_b, chain, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["first", "chunks", "all_chunks"])  # one program for every length

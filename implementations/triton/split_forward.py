@@ -36,7 +36,7 @@ class Segment(NamedTuple):
 class Kept(NamedTuple):
     """Pointers to what the second order needs of the inner LayerNorm of each token."""
 
-    x_hat: Any  # [B H, tokens, D] I/O dtype
+    x_hat: Any  # [B H, tokens, D]
     y: Any  # [B H, tokens, D] I/O dtype
     five: Any  # [B H, mini-batches, 8, M]: lr, rstd, q, q1, q3
 
@@ -117,8 +117,8 @@ def store_rows(p, x, row, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexp
 
 @triton.jit
 def multiply_add(a, b, c, scale, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """c + scale a @ b; fp16 would lose the small numbers of `scale a`, and fp32 a rounding of c for every row of b."""
-    if DTYPE.is_fp16() or DTYPE.is_fp32():
+    """c + scale a @ b; fp16 would lose the small numbers of `scale a`."""
+    if DTYPE.is_fp16():
         c += scale * matmul(a, b, DTYPE, PRECISION)
     else:
         c = matmul_add(scale * a, b, c, DTYPE, PRECISION)
@@ -126,13 +126,51 @@ def multiply_add(a, b, c, scale, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def prepare(inputs, batch, head, n, ln_weight, ln_bias, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(c [M, D], lr [M]) of a mini-batch: nothing that waits for the chain."""
-    xk = load_tokens(inputs.xk, batch, head, n, M, D, BLOCK_D)
-    xv = load_tokens(inputs.xv, batch, head, n, M, D, BLOCK_D)
-    lr = tl.load(token_pointers(inputs.lr, batch, head, n, M))
+def centred(xk, xv, ln_weight, ln_bias, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """c [M, D]: ln_weight (ln_bias - target) less its mean."""
     c = ln_weight * (ln_bias + (xk.to(tl.float32) - xv.to(tl.float32)))
-    return inside(c - mean(c, D), D, BLOCK_D), lr
+    return inside(c - mean(c, D), D, BLOCK_D)
+
+
+@triton.jit
+def store_five(p, a, b, c, d, e, at, M: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr):
+    """Five numbers of every token, [8, M] of which three rows are unused, at once."""
+    if TURN:  # the numbers are there for every row of [D, M]
+        which = tl.arange(0, BLOCK_D)[:, None]
+        x = tl.where(which < 1, a, tl.where(which < 2, b, c))
+        x = tl.where(which < 3, x, tl.where(which < 4, d, e))
+        tl.store(p + at + which * M + tl.arange(0, M)[None, :], x, which < 5)
+    else:  # [M, 1]
+        x = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, e), tl.join(e, e)))
+        x = tl.reshape(tl.permute(tl.reshape(x, [M, 2, 2, 2]), (3, 2, 1, 0)), [8, M])
+        tl.store(p + at + tl.arange(0, 8)[:, None] * M + tl.arange(0, M)[None, :], x)
+
+
+# Where the loop holds [D, M], a bias is held for every token, as z1 lies; where it holds [M, D], it is one row.
+
+
+@triton.jit
+def bias_start(b, M: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr):
+    """As the loop holds it."""
+    return tl.zeros([BLOCK_D, M], tl.float32) + b[:, None] if TURN else b
+
+
+@triton.jit
+def bias_block(b, M: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr):
+    """For every token."""
+    return b if TURN else tl.zeros([M, BLOCK_D], tl.float32) + b[None, :]
+
+
+@triton.jit
+def bias_row(b, TURN: tl.constexpr):
+    """[D]."""
+    return tl.max(b, 1) if TURN else b
+
+
+@triton.jit
+def bias_add(b, x, scale, TURN: tl.constexpr):
+    """b + scale (sum of x over tokens)."""
+    return b + scale * tl.sum(x, 1, keep_dims=True) if TURN else b + scale * tl.sum(x, 0)
 
 
 @triton.jit
@@ -157,7 +195,7 @@ def eta_of(token_eta, M: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr):
 def split_recurrence(
     inputs, shared, start, end, segment, kept, heads, first, mini_batches,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr,
-    TURN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    LR_G: tl.constexpr, TURN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Chain `program_id(0)` of one segment: its fast weights, lr g_z1, and what the second order needs."""
     chain = tl.program_id(0)
@@ -176,23 +214,34 @@ def split_recurrence(
     mean_b = tl.sum(b, 0) * (1.0 / D)
     w = inside_d(w - mean_w[None, :], D, BLOCK_D, True)
     b = tl.where(tl.arange(0, BLOCK_D) < D, b - mean_b, 0.0)
-    # b for every token: the sum over tokens that moves it is a product with ones, whose result lies as z1 does.
-    ones = nearest(tl.full([M, M], 1.0, tl.float32), DTYPE)
-    b = tl.zeros([BLOCK_D, M] if TURN else [M, BLOCK_D], tl.float32) + over_d(b, TURN)
-    c_next, lr_next = prepare(inputs, batch, head, first, ln_weight[None, :], ln_bias[None, :], M, D, BLOCK_D)
+    b = bias_start(b, M, BLOCK_D, TURN)
+    xk_next = load_tokens(inputs.xk, batch, head, first, M, D, BLOCK_D)
+    xv_next = load_tokens(inputs.xv, batch, head, first, M, D, BLOCK_D)
+    c_next = centred(xk_next, xv_next, ln_weight[None, :], ln_bias[None, :], D, BLOCK_D)
+    lr_next = tl.load(token_pointers(inputs.lr, batch, head, first, M))
     for i in tl.range(0, mini_batches, num_stages=STAGES):
         if i % R == 0:
             slot = chain * (chunks + 1) + i // R
             store_matrix(segment.w, w, slot, D, BLOCK_D)
-            store_row(segment.b, tl.max(b, 1 - AXIS), slot, D, BLOCK_D)
+            store_row(segment.b, bias_row(b, TURN), slot, D, BLOCK_D)
         xk = load_tokens(inputs.xk, batch, head, first + i, M, D, BLOCK_D)
-        c, lr = turn(c_next, TURN), over_tokens(lr_next.to(tl.float32), TURN)
+        # lr cannot be fetched by the hardware's asynchronous copy; a block that must be turned is better turned early.
+        lr = over_tokens(lr_next.to(tl.float32), TURN)
         following = first + tl.minimum(i + 1, mini_batches - 1)
-        c_next, lr_next = prepare(inputs, batch, head, following, ln_weight[None, :], ln_bias[None, :], M, D, BLOCK_D)
+        lr_next = tl.load(token_pointers(inputs.lr, batch, head, following, M))
         if TURN:
-            z1 = matmul_add(w, tl.trans(xk), b, DTYPE, PRECISION)  # [D, D] @ [D, M] -> [D, M]
+            c = tl.trans(c_next)
+            xk_next = load_tokens(inputs.xk, batch, head, following, M, D, BLOCK_D)
+            xv_next = load_tokens(inputs.xv, batch, head, following, M, D, BLOCK_D)
+            c_next = centred(xk_next, xv_next, ln_weight[None, :], ln_bias[None, :], D, BLOCK_D)
         else:
-            z1 = matmul_add(xk, tl.trans(w), b, DTYPE, PRECISION)  # [M, D] @ [D, D] -> [M, D]
+            xv = load_tokens(inputs.xv, batch, head, first + i, M, D, BLOCK_D)
+            c = centred(xk, xv, ln_weight[None, :], ln_bias[None, :], D, BLOCK_D)
+        b_block = bias_block(b, M, BLOCK_D, TURN)
+        if TURN:
+            z1 = matmul_add(w, tl.trans(xk), b_block, DTYPE, PRECISION)  # [D, D] @ [D, M] -> [D, M]
+        else:
+            z1 = matmul_add(xk, tl.trans(w), b_block, DTYPE, PRECISION)  # [M, D] @ [D, D] -> [M, D]
         scaled = square * z1
         z_z, w_z, w_z_z, c_z = four_sums(z1 * z1, scaled, scaled * z1, c * z1, AXIS, DTYPE, PRECISION)
         rstd = tl.rsqrt(z_z * (1.0 / D) + EPS)
@@ -203,22 +252,16 @@ def split_recurrence(
         g = rstd * (rstd * z1 * (square - q) - half_q1 + c)
         lr_g = inside_d(lr * g, D, BLOCK_D, TURN)
         row = (chain * mini_batches + i) * M
-        store_rows(segment.lr_g, turn(lr_g, TURN), row, D, BLOCK_D, M)
+        if LR_G:
+            store_rows(segment.lr_g, turn(lr_g, TURN), row, D, BLOCK_D, M)
         if KEEP:
             store_rows(kept.x_hat, turn(rstd * z1, TURN), row, D, BLOCK_D, M)
             store_rows(kept.y, turn(2.0 * rstd * scaled + c, TURN), row, D, BLOCK_D, M)
-            which = over_d(tl.arange(0, BLOCK_D), TURN)  # of the five numbers a token
-            five = tl.where(which < 1, lr, tl.where(which < 2, rstd, q))
-            five = tl.where(which < 3, five, tl.where(which < 4, 2.0 * half_q1, w_x_x + 3.0 * q))
-            at = kept.five + wide(chain * mini_batches + i) * 8 * M + which * M
-            tl.store(at + over_tokens(tl.arange(0, M), TURN), five, which < 5)
+            store_five(kept.five, lr, rstd, q, 2.0 * half_q1, w_x_x + 3.0 * q, wide(row) * 8, M, BLOCK_D, TURN)
         w = multiply_add(lr_g if TURN else tl.trans(lr_g), xk, w, -eta_last, DTYPE, PRECISION)
-        if TURN:
-            b = multiply_add(lr_g, ones, b, -eta_last, DTYPE, PRECISION)
-        else:
-            b = multiply_add(ones, lr_g, b, -eta_last, DTYPE, PRECISION)
+        b = bias_add(b, lr_g, -eta_last, TURN)
     slot = chain * (chunks + 1) + chunks
-    row_b = tl.max(b, 1 - AXIS)
+    row_b = bias_row(b, TURN)
     store_matrix(segment.w, w, slot, D, BLOCK_D)
     store_row(segment.b, row_b, slot, D, BLOCK_D)
     store_matrix(end.w, tl.trans(inside_d(w + mean_w[None, :], D, BLOCK_D, True)), chain, D, BLOCK_D)

@@ -13,7 +13,7 @@ by kernels with one program for every chunk of C = R M tokens of every chain:
 
 In the read-out of a chunk eta[i, j] is token_eta[i] within a mini-batch (j <= i), token_eta[M-1] where j's mini-batch
 comes before i's, else 0: the dual form holds for any number of mini-batches once their gradients are known. At M = 16
-the products then are over 64 tokens, and D^2 numbers of fast weights are stored a chunk instead of a mini-batch. The same
+the products then are over 64 tokens, and D^2 numbers of fast weights are stored a chunk, not a mini-batch. The same
 trick gives d_xk its w at the start and its d_w at the end of each mini-batch.
 
 Two identities shorten the loop. The LayerNorm sees z1 less its mean over D, and g_z1 sums to zero over D: the mean of
@@ -31,6 +31,18 @@ y = 2 ln_weight^2 x_hat + c:
 
 Segments run on three streams (`lanes`): the recurrences leave most of the card idle, and the chunks of one segment fill
 it while the next one is under way.
+
+What it bought, kernels alone on one H100, bf16 (results/h100/triton_linear_kernels.csv): a mini-batch of lm-1.3b takes
+1.0 to 1.3 us in the recurrence and 1.3 us in the reverse one (everything in one loop: 2.7 and 7.7); the chunks 0.065 ms
+forward, 0.36 ms backward. The loop is latency: of 1.67 us in its first form the four row sums across warps were 0.54
+(now a product with ones), and 0.3 to 0.4 the wait for loads that were asked for at the end of the step before (now a
+whole step ahead: three stages, not two). Two warps (no warp-group product, half the barriers) need 2.3 us, eight 1.4.
+
+Memory, bytes a token and head at D = 64 in bf16 (`saved_bytes`, `workspace_bytes`), beside 386 of inputs:
+
+    G M tokens                     1024   4096   16384
+    saved for the backward         15.7    3.6     0.5   lm-1.3b-long (T = 32768)
+    held while a backward runs       83    332    1325   the buffers of two segments: as many MiB there
 """
 
 from __future__ import annotations
@@ -40,11 +52,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from implementations.kernels import TritonKernel
+from implementations.kernels import TritonKernel, once
 from implementations.triton.arguments import Shared, State, check, empty, tokens, view
 from implementations.triton.lanes import Step, run
 from implementations.triton.launch import Launch, meta
-from implementations.triton.limits import block_d
+from implementations.triton.limits import block_d, split_limit
 from implementations.triton.split_backward import (
     Pulled,
     split_read_out_backward,
@@ -55,7 +67,8 @@ from implementations.triton.split_forward import Kept, Segment, split_read_out, 
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
 
-SEGMENT = 4096  # tokens between two saved states, unless told otherwise
+# Tokens between two saved states unless told otherwise: two segments are the fewest that overlap.
+LEAST, MOST = 1024, 4096
 
 
 class Residuals(NamedTuple):
@@ -86,9 +99,45 @@ def _sizes(problem: Problem, group: int) -> _Sizes:
     return _Sizes(per_chunk, tuple((first, min(group, n - first)) for first in range(0, n, group)))
 
 
+class _Setting(NamedTuple):
+    """How the kernels are compiled for one size."""
+
+    turn: bool  # the loops hold [D, M] instead of [M, D]: M = 16 rows are too few for a warp group's tensor core
+    recurrence: tuple[int, int]  # warps, stages
+    reverse: tuple[int, int]
+    read_out: int  # warps
+    read_out_backward: int
+    update_backward: int
+
+
+def _setting(problem: Problem) -> _Setting:
+    d, m = block_d(problem), problem.mini_batch
+    if max(d, m) <= 64:
+        return _Setting(m <= 32, (4, 3), (4, 3), 4, 4, 4)
+    stages = 3 if d * m <= 64 * 64 else 2 if d * m <= 128 * 64 else 1
+    return _Setting(m <= 32, (8, stages), (8, stages), 8, 8, 8)
+
+
 def default_group(problem: Problem) -> int:
-    """G: 4096 tokens, in mini-batches."""
-    return SEGMENT // problem.mini_batch
+    """G: half of the tokens, but at least 1024 and at most 4096 of them; in mini-batches."""
+    tokens_apart = max(LEAST, min(MOST, problem.tokens // 2))
+    chunk = max(1, 64 // problem.mini_batch)
+    return max(1, tokens_apart // problem.mini_batch // chunk) * chunk
+
+
+def saved_bytes(problem: Problem, group: int) -> float:
+    """What a forward keeps for its backward beside the inputs, a token and head."""
+    states = len(_sizes(problem, group).segments) - 1
+    return states * 4 * (problem.head_dim**2 + problem.head_dim) / problem.tokens
+
+
+def workspace_bytes(problem: Problem, group: int) -> float:
+    """What a backward holds while it runs beside inputs and gradients, a token and head."""
+    like = meta(LinearInputs, problem).xq
+    sizes = _sizes(problem, group)
+    buffers = [_buffers(like, problem, sizes) for _ in sizes.segments[:2]]
+    total = sum(x.nbytes for buffer in buffers for kind in buffer for x in kind)
+    return total / (problem.batch * problem.heads * problem.tokens)
 
 
 def forward(inputs: LinearInputs, problem: Problem, group: int | None = None) -> tuple[LinearOutputs, Residuals]:
@@ -98,6 +147,8 @@ def forward(inputs: LinearInputs, problem: Problem, group: int | None = None) ->
         ValueError: `problem` is beyond the limits of the Triton pages, or a tensor does not fit it or the kernels.
     """
     check(inputs, INPUTS, problem)
+    if reason := split_limit(problem):
+        raise ValueError(reason)
     group = default_group(problem) if group is None else group
     if group < 1:
         raise ValueError(f"group: expected at least 1 mini-batch between saved states, got {group}")
@@ -229,7 +280,8 @@ def _buffers(like: Tensor, problem: Problem, sizes: _Sizes) -> tuple[Segment, Ke
     """Memory that the kernels of one segment use."""
     b, h, d = problem.batch, problem.heads, problem.head_dim
     rows, chunks = (b, h, sizes.longest * problem.mini_batch), sizes.longest // sizes.per_chunk
-    kept = Kept(*(empty(like, *rows, d, dtype=like.dtype) for _ in range(2)), empty(like, *rows, 8))
+    # x_hat unrounded: where the inner loss is nearly 0, g_z1 is what is left of x_hat when most of it cancels.
+    kept = Kept(empty(like, *rows, d), empty(like, *rows, d, dtype=like.dtype), empty(like, *rows, 8))
     pulled = Pulled(
         empty(like, b, h, chunks, d, d),
         empty(like, b, h, chunks, d),
@@ -247,9 +299,9 @@ def _reverse(
     first, mini_batches = span
     of_segment = {"d_end": d_end, "d_start": d_start, "first": first, "mini_batches": mini_batches}
     arguments = {**common, "kept": kept, "pulled": pulled, **of_segment}
-    constants = _constants(problem, sizes) | {"CAUSAL": problem.causal} | _orientation(problem)
-    chains = problem.batch * problem.heads
-    return Launch(split_reverse_recurrence, chains, arguments, constants, _options("recurrence", problem))
+    setting = _setting(problem)
+    constants = _constants(problem, sizes) | {"CAUSAL": problem.causal, "TURN": setting.turn}
+    return _launch_chains(split_reverse_recurrence, problem, arguments, constants, *setting.reverse)
 
 
 def _saved(residuals: Residuals, number: int) -> State:
@@ -285,10 +337,19 @@ def _recur(
         "first": first,
         "mini_batches": mini_batches,
     }
-    constants = _constants(problem, sizes) | {"EPS": problem.eps, "KEEP": kept is not None} | _orientation(problem)
-    return Launch(
-        split_recurrence, problem.batch * problem.heads, arguments, constants, _options("recurrence", problem)
-    )
+    setting = _setting(problem)
+    keep, after = kept is not None, not problem.causal and sizes.per_chunk == 1  # then the read-out needs w alone
+    constants = _constants(problem, sizes) | {"EPS": problem.eps, "TURN": setting.turn}
+    constants |= {"KEEP": keep, "LR_G": keep or not after}
+    return _launch_chains(split_recurrence, problem, arguments, constants, *setting.recurrence)
+
+
+def _launch_chains(
+    kernel: Any, problem: Problem, arguments: dict[str, Any], constants: dict[str, Any], warps: int, stages: int
+) -> Launch:
+    """One program for each chain."""
+    options = {"num_warps": warps, "num_stages": stages}
+    return Launch(kernel, problem.batch * problem.heads, arguments, constants | {"STAGES": stages}, options)
 
 
 def _launch_chunks(
@@ -301,7 +362,7 @@ def _launch_chunks(
         problem.batch * problem.heads * chunks,
         arguments | {"first": first, "chunks": chunks},
         _constants(problem, sizes) | {"CAUSAL": problem.causal} | constants,
-        _options("chunks", problem),
+        {"num_warps": getattr(_setting(problem), kernel.__name__.removeprefix("split_"))},
     )
 
 
@@ -315,18 +376,29 @@ def _constants(problem: Problem, sizes: _Sizes) -> dict[str, Any]:
     }
 
 
-def _orientation(problem: Problem) -> dict[str, Any]:
-    return {"TURN": problem.mini_batch <= 32, "STAGES": 3}
-
-
-def _options(kind: str, problem: Problem) -> dict[str, int]:
-    return {"num_warps": 4 if max(block_d(problem), problem.mini_batch) <= 64 else 8, "num_stages": 3}
+# Declared spills, bytes a thread, of the worst of sm_80, sm_90 and sm_100 under Triton 3.7, and a little for others. On
+# sm_90 it is 16 at M = 16, in the recurrence that keeps x_hat and y; at M = 64, where a block [M, D] is 32 registers of
+# each of 128 threads, 480 in that one and 140 in the reverse one of a causal problem.
+_SPILLS = {
+    ("split_recurrence", 16): 512,
+    ("split_read_out_backward", 16): 512,
+    ("split_reverse_recurrence", 16): 128,
+    ("split_update_backward", 16): 640,
+    ("split_recurrence", 64): 2400,
+    ("split_read_out_backward", 64): 512,
+    ("split_reverse_recurrence", 64): 896,
+}
 
 
 def static_kernels() -> Iterator[TritonKernel]:
     """All kernels at the sizes of the named cases."""
+    return once(_kernels())
+
+
+def _kernels() -> Iterator[TritonKernel]:
     for mini_batch, causal in ((16, True), (64, True), (64, False)):
         problem = Problem("linear", 1, 256, 32, 64, mini_batch, causal, dtype="bf16")
         outputs, residuals, steps = plan_forward(meta(LinearInputs, problem), problem, default_group(problem))
         for step in steps + plan_backward(outputs, residuals, problem)[1]:
-            yield step.launch.static("linear")
+            spills = _SPILLS.get((step.launch.kernel.__name__, mini_batch), 0)
+            yield step.launch.static("linear", spills)

@@ -298,6 +298,22 @@ def backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) 
     return LinearInputs(*gradients[:4], d_token_eta, d_ln_weight, d_ln_bias, *gradients[7:])
 
 
+def default_group(problem: Problem) -> int:
+    """G."""
+    return GROUP
+
+
+def saved_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
+    """Of what `forward` saves beside the inputs, all fp32."""
+    b, h, d, groups = problem.batch, problem.heads, problem.head_dim, triton.cdiv(problem.mini_batches, GROUP)
+    return (b, h, groups, d, d), (b, h, groups, d)
+
+
+def residuals(inputs: LinearInputs, saved: list[Tensor], problem: Problem) -> Residuals:
+    """What `forward` saved, as `backward` takes it."""
+    return Residuals(inputs, *saved, GROUP)
+
+
 def plan_forward(
     inputs: LinearInputs, problem: Problem, group: int
 ) -> tuple[LinearOutputs, Residuals, Launch]:

@@ -495,6 +495,7 @@ def forward(inputs: MlpInputs, problem: Problem, group: int | None = None) -> tu
     chains, slots = problem.batch * problem.heads, -(-problem.mini_batches // group) + 2
     with _on(inputs.xq):
         states = inputs.w1.new_empty(problem.batch, problem.heads, slots, record(problem.head_dim))
+        states[:, :, -2:].zero_()  # one may stay unused: what is saved is the same at every call
         outputs = MlpOutputs(
             torch.empty_like(inputs.xq, memory_format=torch.contiguous_format),
             *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[7:]),
@@ -538,6 +539,17 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
         _copy(d_state, work, work_size, problem, False)
         d_token_eta, d_ln_weight, d_ln_bias = sums.split([problem.mini_batch, problem.head_dim, problem.head_dim], -1)
     return MlpInputs(*d_tokens, d_token_eta.sum((0, 1)), d_ln_weight.sum(0), d_ln_bias.sum(0), *d_state)
+
+
+def saved_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
+    """Of what `forward` saves beside the inputs."""
+    slots = -(-problem.mini_batches // default_group(problem)) + 2
+    return ((problem.batch, problem.heads, slots, record(problem.head_dim)),)
+
+
+def residuals(inputs: MlpInputs, saved: list[Tensor], problem: Problem) -> Residuals:
+    """What `forward` saved, as `backward` takes it."""
+    return Residuals(inputs, *saved, default_group(problem))
 
 
 # Bytes a thread that spill, as compiled by Triton 3.9, on the worst of sm_80, sm_90 and sm_100. sm_80 is

@@ -1,7 +1,7 @@
-"""TTT-MLP in Triton with nothing on the chain but the recurrence; `triton.chain` (`ttt_mlp.py`) is the page to read first.
+"""TTT-MLP in Triton with nothing on the chain but the recurrence; read `triton.chain` (`ttt_mlp.py`) first.
 
-What it changes: one program walks only `w -> z1 -> gelu -> z2 -> LayerNorm gradient -> g_z1 -> w'` of a chain, with both
-weight matrices in fp32 registers, and leaves z1, g_x2 and g_z2 behind. The read-out is parallel over chunks of 64
+What it changes: one program walks only `w -> z1 -> gelu -> z2 -> LayerNorm gradient -> g_z1 -> w'` of a chain, with
+both weight matrices in fp32 registers, and leaves z1, g_x2 and g_z2 behind. The read-out is parallel over chunks of 64
 tokens, which read the weights at the start of their chunk and attend to the updates since (`mlp_readout.py`). The
 backward does the same: recurrence again, read-out backward in parallel, a reverse scan over d_w alone
 (`mlp_scan.py`), and the rest in parallel. Segments of G mini-batches bound the memory that this takes.
@@ -9,9 +9,14 @@ backward does the same: recurrence again, read-out backward in parallel, a rever
     forward   for each segment:           recurrence -> read_out
     backward  for each segment, reversed: recurrence -> read_out_backward -> scan -> finish
 
-Memory. The forward saves the fast weights at the start of every segment but the first, 4 (8 D^2 + 5 D) / (G M) bytes a
-token and head: at D = 64, 129 for segments of 1024 tokens, beside 386 for the inputs in bf16. `WORKSPACE` is the budget for
-what the kernels of a segment hand to each other, `workspace_bytes` a token of a head.
+Memory. The forward saves, a token and head, the read-out's LayerNorm, 4 D + 4 bytes, and the fast weights at the start
+of every segment but the first, 4 (8 D^2 + 5 D) / (G M): at D = 64, 260 and, for segments of 1024 tokens, 129, beside
+386 for the inputs in bf16. `WORKSPACE` is the budget for what the backward's kernels hand to each other,
+`workspace_bytes` a token and head: `default_group` cuts the sequence to fit.
+
+What it bought, lm-1.3b in bf16 on an H100: forward 1.40 ms (recurrence 1.07, or 8.3 us a mini-batch; read-out 0.31),
+forward and backward 9.9 ms before the last two changes (recurrence 2.2, read-out 1.6, scan 4.1, the rest 0.5). What
+bounds it is the latency of the steps, not bytes.
 
 No atomics: sums over chunks are partial sums, added up in torch in one order.
 """
@@ -24,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implementations.kernels import TritonKernel
+from implementations.kernels import TritonKernel, once
 from implementations.triton.arguments import Shared, check, empty, tokens, view
 from implementations.triton.launch import Launch, meta
 from implementations.triton.mlp_limits import offchain_limit
@@ -42,8 +47,12 @@ class Residuals(NamedTuple):
     """What the backward needs: the inputs, and the fast weights at the start of every segment but the first."""
 
     inputs: MlpInputs
-    saved: tuple[Tensor, ...]  # w1 [B H S-1 D F], b1 [B H S-1 F], w2 [B H S-1 F D], b2 [B H S-1 D]
-    norm: Norm  # the LayerNorm of the read-out
+    saved_w1: Tensor  # [B H S-1 D F] for S segments
+    saved_b1: Tensor  # [B H S-1 F]
+    saved_w2: Tensor  # [B H S-1 F D]
+    saved_b2: Tensor  # [B H S-1 D]
+    x_hat: Tensor  # [B H chunks C D], the LayerNorm of the read-out
+    rstd: Tensor  # [B H chunks C]
     group: int
 
 
@@ -92,14 +101,12 @@ def plan_forward(
     like = inputs.xq
     outputs = MlpOutputs(*(empty(like, *x.shape, dtype=x.dtype) for x in (like, *inputs[7:])))
     segments = _segments(problem, group)
-    saved = tuple(empty(like, *x.shape[:2], len(segments) - 1, *x.shape[2:]) for x in inputs[7:])
-    shape = problem.batch, problem.heads, problem.tokens // chunk(problem), chunk(problem)
-    norm = Norm(empty(like, *shape, problem.head_dim), empty(like, *shape))
-    residuals = Residuals(inputs, saved, norm, group)
+    residuals = Residuals(inputs, *(empty(like, *shape) for shape in _saved_shapes(problem, group)), group)
+    norm = Norm(residuals.x_hat, residuals.rstd)
     trace = _trace(like, problem, segments[0][1], backward=False)
     launches = []
     for number, (first, count) in enumerate(segments):
-        end = _state(saved, number + 1) if number + 1 < len(segments) else (Weights(*outputs[1:]), 1)
+        end = _state(residuals, number + 1) if number + 1 < len(segments) else (Weights(*outputs[1:]), 1)
         launches.append(_recurrence(residuals, problem, trace, number, end, backward=False))
         arguments = _given(inputs) | {"trace": trace, "out": view(outputs.out), "norm": norm}
         arguments |= _chunks(problem, first, count)
@@ -125,8 +132,12 @@ def plan_backward(
         scratch(f, c, dtype=io), scratch(f, c, dtype=io), scratch(d, c),
         scratch(f, d, dtype=io), scratch(f), scratch(f, d, dtype=io), scratch(d), scratch(c, d), scratch(c),
         scratch(f, c, dtype=io), scratch(f, c, dtype=io), scratch(f, c, dtype=io),
+        scratch(c, d), scratch(c), scratch(c), scratch(c), scratch(c),
     )  # fmt: skip
-    walked = Walked(scratch(f, c, dtype=io), scratch(d, c), scratch(d, c), scratch(f, d, dtype=io), scratch(f))
+    walked = Walked(
+        scratch(f, c, dtype=io), scratch(d, c), scratch(d, c), scratch(f, d, dtype=io), scratch(f),
+        scratch(f, d, dtype=io), scratch(d),
+    )  # fmt: skip
     read, update = (
         Sums(*(empty(like, problem.batch, h, chunks, size) for size in (c, c, d, d))) for _ in range(2)
     )
@@ -138,23 +149,39 @@ def plan_backward(
         launches.append(_recurrence(residuals, problem, trace, number, known, backward=True))
         at = _chunks(problem, first, count)
         given = _given(inputs) | {"trace": trace, "pulled": pulled}
-        arguments = given | {"norm": residuals.norm, "d_out": view(cotangents.out), "d_xq": view(gradients.xq), "sums": read} | at
+        read_from = {"norm": Norm(residuals.x_hat, residuals.rstd), "d_out": view(cotangents.out)}
+        arguments = given | read_from | {"d_xq": view(gradients.xq), "sums": read} | at
         launches.append(_launch(read_out_backward, problem, count, arguments))
         start = Weights(*cotangents[1:]) if number + 1 == len(segments) else d_state
-        arguments = given | {"start": start, "end": d_state, "walked": walked, "first": first, "count": count, "heads": h}
+        arguments = given | {"start": start, "end": d_state, "walked": walked}
+        arguments |= {"first": first, "count": count, "heads": h}
         launches.append(_launch(scan, problem, count, arguments))
         arguments = given | {"walked": walked, "gradients": tokens(*gradients[:4]), "sums": update} | at
         launches.append(_launch(finish, problem, count, arguments))
     return gradients, read, update, launches
 
 
+def saved_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
+    """Of what `forward` saves beside the inputs."""
+    return _saved_shapes(problem, default_group(problem))
+
+
+def residuals(inputs: MlpInputs, saved: list[Tensor], problem: Problem) -> Residuals:
+    """What `forward` saved, as `backward` takes it."""
+    return Residuals(inputs, *saved, default_group(problem))
+
+
 def static_kernels() -> Iterator[TritonKernel]:
     """Every kernel at the sizes of the named cases."""
-    for mini_batch, causal in ((16, True), (64, True), (64, False)):
-        problem = Problem("mlp", 1, 16 * mini_batch, 32, 64, mini_batch, causal, dtype="bf16")
+    return once(_kernels())
+
+
+def _kernels() -> Iterator[TritonKernel]:
+    for causal in (True, False):
+        problem = Problem("mlp", 1, 256, 32, 64, 16, causal, dtype="bf16")
         outputs, residuals, launches = plan_forward(meta(MlpInputs, problem), problem, 16)
         for launch in (*launches, *plan_backward(outputs, residuals, problem)[-1]):
-            yield launch.static("mlp", _SPILLS.get((launch.kernel, mini_batch), 0))
+            yield launch.static("mlp", _SPILLS[launch.kernel])
 
 
 # --- Sizes and settings ---
@@ -173,11 +200,14 @@ class Setting(NamedTuple):
 _SETTINGS: dict[str, tuple[Setting, Setting, Setting]] = {
     "recurrence": (Setting(16, 8), Setting(32, 8), Setting(32, 8)),
     "scan": (Setting(16, 8), Setting(32, 8), Setting(32, 8)),
-    "read_out": (Setting(64, 4), Setting(64, 4), Setting(64, 4)),
-    "read_out_backward": (Setting(64, 4), Setting(64, 4), Setting(64, 4)),
-    "finish": (Setting(64, 4), Setting(64, 4), Setting(64, 4)),
+    "read_out": (Setting(32, 4, 3), Setting(32, 4, 3), Setting(32, 4, 3)),
+    "read_out_backward": (Setting(32, 4, 2), Setting(32, 4, 2), Setting(32, 4, 2)),
+    "finish": (Setting(64, 4, 2), Setting(64, 4, 2), Setting(64, 4, 2)),
 }
-_SPILLS: dict[tuple[object, int], int] = {}
+# Bytes a thread that spill, as compiled by Triton 3.7, on the worst of sm_80, sm_90 and sm_100. The fast weights take
+# half of an SM's registers, and the products between need the other half and more; sm_80, without warp-group products,
+# is the worst throughout.
+_SPILLS = {recurrence: 1200, read_out: 0, read_out_backward: 2500, scan: 20000, finish: 320}
 
 
 def setting(kernel: str, problem: Problem) -> Setting:
@@ -198,7 +228,7 @@ def workspace_bytes(problem: Problem) -> float:
     d, f, c, m = problem.head_dim, problem.hidden, chunk(problem), problem.mini_batch
     size = 4 if problem.dtype == "fp32" else 2
     of_token = size * (8 * f + d) + 4 * (6 * d + 6)
-    of_chunk = size * 4 * f * d + 4 * (3 * f + 2 * d)
+    of_chunk = size * 5 * f * d + 4 * (3 * f + 2 * d)
     return of_token + of_chunk / c + size * f * d / m
 
 
@@ -214,6 +244,14 @@ def saved_bytes(problem: Problem, group: int) -> float:
     """The bytes of fast weights that the forward saves for a token of a head."""
     d = problem.head_dim
     return 4 * (8 * d * d + 5 * d) * (-(-problem.mini_batches // group) - 1) / problem.tokens
+
+
+def _saved_shapes(problem: Problem, group: int) -> tuple[tuple[int, ...], ...]:
+    d, f, c = problem.head_dim, problem.hidden, chunk(problem)
+    between = len(_segments(problem, group)) - 1
+    states = [(between, *shape) for shape in ((d, f), (f,), (f, d), (d,))]
+    of_chain = (*states, (problem.tokens // c, c, d), (problem.tokens // c, c))
+    return tuple((problem.batch, problem.heads, *shape) for shape in of_chain)
 
 
 def _segments(problem: Problem, group: int) -> list[tuple[int, int]]:
@@ -236,14 +274,13 @@ def _trace(like: Tensor, problem: Problem, count: int, backward: bool) -> Trace:
         w2=empty(like, b, h, states, f, d, dtype=io),
         b2=empty(like, b, h, k, d),
         x_hat=empty(like, b, h, *z2),
-        p=empty(like, b, h, *z2),
-        **{name: empty(like, b, h, z2[0], z2[2]) for name in Trace._fields[9:]},
+        rstd=empty(like, b, h, z2[0], z2[2]),
     )
 
 
-def _state(saved: tuple[Tensor, ...], number: int) -> tuple[Weights, int]:
+def _state(residuals: Residuals, number: int) -> tuple[Weights, int]:
     """The saved state that segment `number` starts with, and how many of them a chain has."""
-    return Weights(*(x[:, :, number - 1] for x in saved)), saved[0].shape[2]
+    return Weights(*(x[:, :, number - 1] for x in residuals[1:5])), residuals.saved_w1.shape[2]
 
 
 def _given(inputs: MlpInputs) -> dict[str, object]:
@@ -261,9 +298,9 @@ def _chunks(problem: Problem, first: int, count: int) -> dict[str, int]:
 def _recurrence(
     residuals: Residuals, problem: Problem, trace: Trace, number: int, end: tuple[Weights, int], backward: bool
 ) -> Launch:
-    inputs, saved, _, group = residuals
-    first, count = _segments(problem, group)[number]
-    start = _state(saved, number) if number else (Weights(*inputs[7:]), 1)
+    inputs = residuals.inputs
+    first, count = _segments(problem, residuals.group)[number]
+    start = _state(residuals, number) if number else (Weights(*inputs[7:]), 1)
     arguments = _given(inputs) | {
         "start": start[0], "end": end[0], "trace": trace, "start_states": start[1], "end_states": end[1],
         "first": first, "count": count, "heads": problem.heads,

@@ -206,8 +206,7 @@ template <typename P> struct Again : ReadOut<P> {
 template <typename P> struct Inner {
     float x_hat[2][4], error[2][4], p[2][4], g[2][4];  // error = gamma x_hat + beta - target, p = gamma error
     float rstd[2], along[2], mean_p[2];
-    TTT_INLINE void load(const P& at, const Columns<P>& columns, int stage, int tile, int warp) {
-        columns.less_target(at, stage, tile, 16 * warp, error);
+    TTT_INLINE void load(const P& at, const Columns<P>& columns, const float (&rest)[2][4], int stage, int tile, int warp) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float4 of = at.kept(stage)[2 * (16 * tile + row_in_tile() + 8 * r)];
@@ -219,7 +218,7 @@ template <typename P> struct Inner {
         for (int h = 0; h < 2; h++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                error[h][i] += columns.gamma[h][i % 2] * x_hat[h][i];
+                error[h][i] = columns.gamma[h][i % 2] * x_hat[h][i] + rest[h][i];
                 p[h][i] = columns.gamma[h][i % 2] * error[h][i];
                 g[h][i] = rstd[i / 2] * (p[h][i] - mean_p[i / 2] - x_hat[h][i] * along[i / 2]);
             }
@@ -239,8 +238,15 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
     const int g = row_in_tile(), t = column_in_tile(), first = 16 * warp;
     const float eta_last = at.token_eta()[M - 1];
     const Columns<P> columns(at, first);
+    // Whether what does not wait for d_w1 comes before it: where a tile of it fits into registers, once.
+    constexpr bool EARLY = TILES == 1 && P::THREADS <= 256;
     float d_ln_weight[2][2] = {}, d_ln_bias[2][2] = {}, d_eta_last = 0.0f;
     float bias[2][2] = {};  // what the last step adds to d_b1, in parts
+    float gamma_squared[2][2];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int l = 0; l < 2; l++) gamma_squared[h][l] = columns.gamma[h][l] * columns.gamma[h][l];
 
     Place<P> place;
     for (int step = 0; step < steps; step++, place.next()) {
@@ -260,7 +266,8 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
         }
         Operand<P> x;
         Inner<P> inner;
-        float part[2][4];  // (token_eta tril(xq xk^T + 1))^T d_z1_bar, of a tile
+        float rest[TILES][2][4];  // beta - target
+        float part[2][4];         // (token_eta tril(xq xk^T + 1))^T d_z1_bar, of a tile
         auto load = [&](int m) {
 #pragma unroll
             for (int i = 0; i < 4; i++) part[0][i] = part[1][i] = 0.0f;
@@ -273,10 +280,12 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
                     mma<T>(part[0], s, d[0], d[1]);
                     mma<T>(part[1], s, d[2], d[3]);
                 }
-            inner.load(at, columns, stage, m, warp);
+            inner.load(at, columns, rest[m], stage, m, warp);
         };
         x.load(xk, 0);
-        if (TILES == 1) load(0);  // all that does not wait for d_w1 comes before it
+#pragma unroll
+        for (int m = 0; m < TILES; m++) columns.less_target(at, stage, m, first, rest[m]);
+        if (EARLY) load(0);
         if (!P::CAUSAL) {
 #pragma unroll
             for (int m = 0; m < TILES; m++) d_weights.add(d_z1_bar, first, xq, 16 * m);
@@ -289,7 +298,7 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
 
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            if (TILES > 1) load(m);
+            if (!EARLY) load(m);
             float sums[2][6];  // of q, q x_hat, q g, gamma^2 q, gamma^2 q x_hat
 #pragma unroll
             for (int r = 0; r < 2; r++) {
@@ -299,8 +308,9 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
                 for (int h = 0; h < 2; h++)
 #pragma unroll
                     for (int i = 2 * r; i < 2 * r + 2; i++) {
-                        const float gamma = columns.gamma[h][i % 2], pulled = q[m][h][i] + d_weights.b[h][i % 2];
-                        const float x = -eta_last * pulled - score_scale<T> * part[h][i], y = gamma * gamma * x;
+                        const float pulled = q[m][h][i] + d_weights.b[h][i % 2];
+                        const float x = (P::CAUSAL ? -score_scale<T> * part[h][i] : 0.0f) - eta_last * pulled;
+                        const float y = gamma_squared[h][i % 2] * x;
                         const bool start = h == 0 && i == 2 * r;
                         q[m][h][i] = x;
                         along += inner.g[h][i] * pulled;
@@ -336,25 +346,28 @@ TTT_INLINE void reverse(const P& at, Weights<P>& d_weights, int warp, int steps,
         const OfTokens<P, decltype(work_out)> of_tokens(at, warp, work_out);
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            if (TILES > 1) inner.load(at, columns, stage, m, warp);
+            if (!EARLY) inner.load(at, columns, rest[m], stage, m, warp);
             float4 of[2];
             of_tokens.get(m, of);
             uint32_t d_z1[2][2], d_xv[2][2];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const float scale = inner.rstd[r], lr_token = lr[16 * m + 8 * r];
+                // d_p = rstd (d_g - mean - x_hat along), d_error = gamma d_p,
+                // d_z1 = rstd (gamma d_error - rstd (mean(p x_hat) d_g + along p) - mean_x - x_hat along_x)
+                const float rstd = inner.rstd[r], lr_token = lr[16 * m + 8 * r];
+                const float of_q = rstd * inner.along[r] * lr_token, of_p = rstd * of[r].y;
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float d_z[2], d_error[2];
 #pragma unroll
                     for (int l = 0; l < 2; l++) {
                         const int i = 2 * r + l;
-                        const float gamma = columns.gamma[h][l], x = inner.x_hat[h][i], d_g = lr_token * q[m][h][i];
-                        const float d_p = scale * (d_g - of[r].x - x * of[r].y);
+                        const float gamma = columns.gamma[h][l], x = inner.x_hat[h][i], each = q[m][h][i];
+                        const float d_p = rstd * (lr_token * each - of[r].x - x * of[r].y);
                         d_error[l] = gamma * d_p;
-                        const float d_x = gamma * d_error[l] - scale * (inner.along[r] * d_g + of[r].y * inner.p[h][i]);
-                        d_z[l] = scale * (d_x - of[r].z - x * of[r].w);
-                        d_ln_weight[h][l] += d_p * inner.error[h][i] + d_error[l] * x;
+                        d_z[l] = rstd * (gamma * d_error[l] - of[r].z - of_q * each - of_p * inner.p[h][i] - of[r].w * x);
+                        d_ln_weight[h][l] += d_p * inner.error[h][i];
+                        d_ln_weight[h][l] += d_error[l] * x;
                         d_ln_bias[h][l] += d_error[l];
                         bias[h][l] = m == 0 && r == 0 ? d_z[l] : bias[h][l] + d_z[l];
                     }
@@ -431,10 +444,14 @@ template <typename P> struct Reverse {
     TTT_INLINE void read(int step, int slot, int stage, int, int row) const {
         const int n = last - step, g = row_in_tile(), t = column_in_tile();
         float z[D / 8][4] = {};
-        uint32_t x[D / 16][4];
-        load_operand(x, at.g(slot), row);
-#pragma unroll
-        for (int k = 0; k < D / 16; k++) add_product_16(z, x[k], at.w(slot), 16 * k);  // g_z1 d_w1'^T
+        // Products whose operands are loaded together: those of w1 come from the L2 cache, and all at once if they fit.
+        constexpr int AT_ONCE = P::THREADS <= 256 ? D / 16 : 2;
+        uint32_t x[4];
+#pragma unroll AT_ONCE
+        for (int k = 0; k < D / 16; k++) {  // g_z1 d_w1'^T
+            ldmatrix_x4(x, at.g(slot).by_columns(row, 16 * k));
+            add_product_16(z, x, at.w(slot), 16 * k);
+        }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float factor = -at.token_eta()[M - 1] * at.lr(stage)[row + g + 8 * r];
@@ -444,16 +461,17 @@ template <typename P> struct Reverse {
                 z[j][2 * r] = factor * z[j][2 * r] - d_xv.x, z[j][2 * r + 1] = factor * z[j][2 * r + 1] - d_xv.y;
             }
         }
-        load_operand(x, at.d_z1(slot), row);
         const uint4* w = scratch.of(n).w() + lane_id();
+#pragma unroll AT_ONCE
+        for (int k = 0; k < D / 16; k++) {  // d_z1 w1^T
+            ldmatrix_x4(x, at.d_z1(slot).by_columns(row, 16 * k));
 #pragma unroll
-        for (int k = 0; k < D / 16; k++)
-#pragma unroll
-            for (int j = 0; j < D / 8; j += 2) {  // d_z1 w1^T
+            for (int j = 0; j < D / 8; j += 2) {
                 const uint4 r = w[(k * (D / 16) + j / 2) * 32];
-                mma<T>(z[j], x[k], r.x, r.y);
-                mma<T>(z[j + 1], x[k], r.z, r.w);
+                mma<T>(z[j], x, r.x, r.y);
+                mma<T>(z[j + 1], x, r.z, r.w);
             }
+        }
         if (P::CAUSAL)
             for (int query = row; query < M; query += 16) {  // d_attn^T xq
                 uint32_t s[4];
@@ -495,7 +513,7 @@ __global__ void __launch_bounds__(TTT_THREADS, 1) linear_backward(const __grid_c
             Weights<F> weights;
             weights.restore(a.saved + (chain * segments + segment) * (D * (D + 1)), warp);
             KeepForReverse<F> keep = {{scratch}};
-            recurrence(forth, weights, warp, steps, keep);
+            run_recurrence(forth, weights, warp, steps, keep);
         } else {
             Again<F> work = {{forth}, xq, xk, xv, lr, d_out, {a.d_xq, chain, h, token}, {scratch}};
             work.start();

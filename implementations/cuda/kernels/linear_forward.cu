@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(TTT_THREADS, 1) linear_forward(const __grid_co
         weights.load(w1, b1, at.mean(), 16 * warp);
         const int64_t saves = (a.mini_batches + a.group - 1) / a.group;
         Save<P> keep = {a.saved + chain * saves * (D * (D + 1)), int(a.group), 0};
-        recurrence(at, weights, warp, mini_batches, keep);
+        run_recurrence(at, weights, warp, mini_batches, keep);
         weights.store(a.final_w1 + chain * D * D, a.final_b1 + chain * D, at.mean(), 16 * warp);
     } else {
         const int64_t h = a.heads;

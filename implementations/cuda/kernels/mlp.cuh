@@ -1,16 +1,16 @@
 // What the tensor-core kernels of TTT-MLP share: the fast weights in the registers of a block, and products with them.
 //
 // A block of D / 8 warps holds one chain, or a cluster of SPLIT = 2 blocks does, each with half of the hidden columns.
-// Warp i owns SLICE = 32 / SPLIT hidden columns f of both layers, as fp32 accumulators of the transposed weights, so that
-// an update, which accumulates, is a product into them; D / SPLIT registers a lane for each layer:
+// Warp i owns SLICE = 32 / SPLIT hidden columns f of both layers, as fp32 accumulators of the transposed weights, so
+// that an update, which accumulates, is a product into them; D / SPLIT registers a lane for each layer:
 //     W1^T [SLICE f, D]: w1[i][j] is the 16 x 8 tile of f tile i and d tile j
 //     W2^T [D, SLICE f]: w2[m][n] is the 16 x 8 tile of d tile m and f tile n
-// Rounded in pairs (`Fragments`) they are, as they lie, the B operands of xk w1 and x2 w2; with every 8 x 8 block
+// Rounded in pairs (`First`, `Second`) they are, as they lie, the B operands of xk w1 and x2 w2; with every 8 x 8 block
 // transposed (`transpose`) those of .. w1^T and .. w2^T.
 //
-// Of tokens [16, SLICE f] a warp has accumulators z[FT][4]: tile n is f = 8n .. 8n + 7. Rounded (`Columns`) they are the
-// A operand of a product over f and the B operand [f, token]; transposed, the A operand [f, token] and the B operand
-// [token, f]. So nothing but tokens and sums over f goes through shared memory.
+// Of tokens [16, SLICE f] a warp has accumulators z[FT][4]: tile n is f = 8n .. 8n + 7. Rounded (`Columns`) they are
+// the A operand of a product over f and the B operand [f, token]; transposed, the A operand [f, token] and the B
+// operand [token, f]. So nothing but tokens and sums over f goes through shared memory.
 //
 // Lanes: g = lane / 4 and t = lane % 4, as in device.cuh.
 #pragma once
@@ -66,9 +66,31 @@ TTT_INLINE Columns transpose(const Columns& a) {
 }
 
 // Fast weights of one warp, rounded, 8 x 8 blocks: of W1^T x[i][j][h] is block f = 16i + 8h, d = 8j.
-template <int D> struct First { uint32_t x[FK][D / 8][2]; };
+template <int D> struct First {
+    uint32_t x[FK][D / 8][2];
+    // Blocks 4q .. 4q + 3: x[i][j][0], x[i][j][1], x[i][j + 1][0], x[i][j + 1][1] with q = i D / 16 + j / 2.
+    TTT_INLINE void quad(uint32_t (&r)[4], int q) const {
+        const int i = q / (D / 16), j = q % (D / 16) * 2;
+        r[0] = x[i][j][0], r[1] = x[i][j][1], r[2] = x[i][j + 1][0], r[3] = x[i][j + 1][1];
+    }
+};
 // Of W2^T x[m][n][h] is block d = 16m + 8h, f = 8n.
-template <int D> struct Second { uint32_t x[D / 16][FT][2]; };
+template <int D> struct Second {
+    uint32_t x[D / 16][FT][2];
+    TTT_INLINE void quad(uint32_t (&r)[4], int q) const {
+        const int m = q / FK, n = q % FK * 2;
+        r[0] = x[m][n][0], r[1] = x[m][n][1], r[2] = x[m][n + 1][0], r[3] = x[m][n + 1][1];
+    }
+};
+// Either of them in shared memory, block after block: read where it is used, as it is or with every block transposed.
+template <bool TRANSPOSED> struct Blocks {
+    const uint32_t* p;
+    int lane;
+    TTT_INLINE void quad(uint32_t (&r)[4], int q) const {
+        if (TRANSPOSED) ldmatrix_x4_trans(r, p + 128 * q + 4 * lane);
+        else ldmatrix_x4(r, p + 128 * q + 4 * lane);
+    }
+};
 
 template <typename T, int D> TTT_INLINE First<D> round_first(const float (&w)[FK][D / 8][4]) {
     First<D> y;
@@ -114,7 +136,8 @@ template <int ROW, typename T> TTT_INLINE void load_a(uint32_t (&a)[4], const T*
     ldmatrix_x4(a, tile + (row + lane % 16) * ROW + col + lane / 16 * 8);
 }
 // A = tile[row .. row + 15, col .. col + 15]^T.
-template <int ROW, typename T> TTT_INLINE void load_a_trans(uint32_t (&a)[4], const T* tile, int row, int col, int lane) {
+template <int ROW, typename T>
+TTT_INLINE void load_a_trans(uint32_t (&a)[4], const T* tile, int row, int col, int lane) {
     ldmatrix_x4_trans(a, tile + (row + lane % 8 + lane / 16 * 8) * ROW + col + lane / 8 % 2 * 8);
 }
 // B = tile[row .. row + 15, col .. col + 15] of two products: b[0], b[1] columns 0 to 7, b[2], b[3] columns 8 to 15.
@@ -122,32 +145,50 @@ template <int ROW, typename T> TTT_INLINE void load_b(uint32_t (&b)[4], const T*
     ldmatrix_x4_trans(b, tile + (row + lane % 16) * ROW + col + lane / 16 * 8);
 }
 // B = tile[row .. row + 15, col .. col + 15]^T of two products.
-template <int ROW, typename T> TTT_INLINE void load_b_trans(uint32_t (&b)[4], const T* tile, int row, int col, int lane) {
+template <int ROW, typename T>
+TTT_INLINE void load_b_trans(uint32_t (&b)[4], const T* tile, int row, int col, int lane) {
     ldmatrix_x4(b, tile + (row + lane % 8 + lane / 16 * 8) * ROW + col + lane / 8 % 2 * 8);
+}
+
+// z [16, SLICE f] = b [f]
+TTT_INLINE void start_columns(float (&z)[FT][4], const float* b, int t) {
+#pragma unroll
+    for (int k = 0; k < FT; k++) {
+        Two x = *reinterpret_cast<const Two*>(b + 8 * k + 2 * t);
+        z[k][0] = z[k][2] = x.x[0], z[k][1] = z[k][3] = x.x[1];
+    }
 }
 
 // --- Products; each adds to its first argument ---
 
 // z [16, SLICE f] += x [16, D] w1: x are 16 rows of a tile.
-template <typename T, int D>
-TTT_INLINE void times_first(float (&z)[FT][4], const T* tile, int row, const First<D>& w1, int lane) {
+template <typename T, int D, typename W>
+TTT_INLINE void times_first(float (&z)[FT][4], const T* tile, int row, const W& w1, int lane) {
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
-        uint32_t a[4];
+        uint32_t a[4], b[4];
         load_a<D + 8>(a, tile, row, 16 * k, lane);
 #pragma unroll
-        for (int n = 0; n < FT; n++) mma<T>(z[n], a, w1.x[n / 2][2 * k][n % 2], w1.x[n / 2][2 * k + 1][n % 2]);
+        for (int i = 0; i < FK; i++) {
+            w1.quad(b, i * (D / 16) + k);
+            mma<T>(z[2 * i], a, b[0], b[2]);
+            mma<T>(z[2 * i + 1], a, b[1], b[3]);
+        }
     }
 }
 // z [16, SLICE f] += y [16, D] w2^T, of w2 transposed: y are 16 rows of a tile.
-template <typename T, int D>
-TTT_INLINE void times_second_t(float (&z)[FT][4], const T* tile, int row, const Second<D>& w2_t, int lane) {
+template <typename T, int D, typename W>
+TTT_INLINE void times_second_t(float (&z)[FT][4], const T* tile, int row, const W& w2_t, int lane) {
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
-        uint32_t a[4];
+        uint32_t a[4], b[4];
         load_a<D + 8>(a, tile, row, 16 * k, lane);
 #pragma unroll
-        for (int n = 0; n < FT; n++) mma<T>(z[n], a, w2_t.x[k][n][0], w2_t.x[k][n][1]);
+        for (int n = 0; n < FK; n++) {
+            w2_t.quad(b, k * FK + n);
+            mma<T>(z[2 * n], a, b[0], b[1]);
+            mma<T>(z[2 * n + 1], a, b[2], b[3]);
+        }
     }
 }
 TTT_INLINE void as_a(uint32_t (&a)[4], const Columns& x, int k) {  // columns f = 16k .. 16k + 15
@@ -157,25 +198,33 @@ TTT_INLINE void as_a_trans(uint32_t (&a)[4], const Columns& x_t, int k) {  // ro
     a[0] = x_t.x[2 * k][0], a[1] = x_t.x[2 * k + 1][0], a[2] = x_t.x[2 * k][1], a[3] = x_t.x[2 * k + 1][1];
 }
 // y [16, D] += x [16, SLICE f] w2.
-template <typename T, int D>
-TTT_INLINE void times_second(float (&y)[D / 8][4], const Columns& x, const Second<D>& w2) {
+template <typename T, int D, typename W>
+TTT_INLINE void times_second(float (&y)[D / 8][4], const Columns& x, const W& w2) {
 #pragma unroll
     for (int k = 0; k < FK; k++) {
-        uint32_t a[4];
+        uint32_t a[4], b[4];
         as_a(a, x, k);
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) mma<T>(y[n], a, w2.x[n / 2][2 * k][n % 2], w2.x[n / 2][2 * k + 1][n % 2]);
+        for (int m = 0; m < D / 16; m++) {
+            w2.quad(b, m * FK + k);
+            mma<T>(y[2 * m], a, b[0], b[2]);
+            mma<T>(y[2 * m + 1], a, b[1], b[3]);
+        }
     }
 }
 // y [16, D] += x [16, SLICE f] w1^T, of w1 transposed.
-template <typename T, int D>
-TTT_INLINE void times_first_t(float (&y)[D / 8][4], const Columns& x, const First<D>& w1_t) {
+template <typename T, int D, typename W>
+TTT_INLINE void times_first_t(float (&y)[D / 8][4], const Columns& x, const W& w1_t) {
 #pragma unroll
     for (int k = 0; k < FK; k++) {
-        uint32_t a[4];
+        uint32_t a[4], b[4];
         as_a(a, x, k);
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) mma<T>(y[n], a, w1_t.x[k][n][0], w1_t.x[k][n][1]);
+        for (int n = 0; n < D / 16; n++) {
+            w1_t.quad(b, k * (D / 16) + n);
+            mma<T>(y[2 * n], a, b[0], b[1]);
+            mma<T>(y[2 * n + 1], a, b[2], b[3]);
+        }
     }
 }
 // W1^T [SLICE f, D] += x^T [SLICE f, 16] y [16, D], of x transposed: y are 16 rows of a tile.
@@ -359,7 +408,7 @@ TTT_INLINE GeluSecond gelu_second(float z) {
 
 struct View { const void* p; int64_t b, t, h; };  // a tensor B T H D or B T H, and its strides
 
-// Rows first .. first + M of one head, D numbers each, to shared memory; `aligned`: every row at a multiple of 16 bytes.
+// M rows of D numbers to shared memory; `aligned`: every row at a multiple of 16 bytes.
 template <typename T, int D, int M>
 TTT_INLINE void load_tokens(T* tile, const T* p, int64_t stride, bool aligned, int thread) {
     constexpr int PIECES = D / 8;
@@ -369,8 +418,26 @@ TTT_INLINE void load_tokens(T* tile, const T* p, int64_t stride, bool aligned, i
         const T* from = p + row * stride + col;
         T* to = tile + row * Sizes<D>::ROW + col;
         if (aligned) copy_async_16(to, from);
-        else for (int k = 0; k < 8; k++) to[k] = from[k];
+        else
+#pragma unroll 1
+            for (int k = 0; k < 8; k++) to[k] = from[k];
     }
+}
+// Of two tensors the same 16 rows, each by half of the threads.
+template <typename T, int D>
+TTT_INLINE void load_two(
+    T* tile_a, const T* p_a, int64_t stride_a, T* tile_b, const T* p_b, int64_t stride_b, bool aligned, int thread
+) {
+    constexpr int PIECES = D / 8, HALF = CHUNK * PIECES;
+    static_assert(2 * HALF == Sizes<D>::THREADS);
+    const bool b = thread >= HALF;
+    const int row = thread % HALF / PIECES, col = thread % PIECES * 8;
+    const T* from = (b ? p_b : p_a) + row * (b ? stride_b : stride_a) + col;
+    T* to = (b ? tile_b : tile_a) + row * Sizes<D>::ROW + col;
+    if (aligned) copy_async_16(to, from);
+    else
+#pragma unroll 1
+        for (int k = 0; k < 8; k++) to[k] = from[k];
 }
 template <typename T> TTT_INLINE void store_four(T* p, const float (&x)[4]) {
     *reinterpret_cast<Pair*>(p) = {pack<T>(x[0], x[1]), pack<T>(x[2], x[3])};
@@ -439,9 +506,12 @@ TTT_INLINE void store_weights(
             for (int n = 0; n < FT; n++) p_w2[(first + 8 * n + col) * D + 16 * m + row] = w2[m][n][e];
     }
 }
-// The accumulators as they lie, 16 bytes of each lane after another: the records of 8 D D floats that only kernels read.
+// The accumulators as they lie, 16 bytes of each lane after another: the records of 8 D D floats that only kernels
+// read.
 template <int D>
-TTT_INLINE void save_weights(float* record, const float (&w1)[FK][D / 8][4], const float (&w2)[D / 16][FT][4], int thread) {
+TTT_INLINE void save_weights(
+    float* record, const float (&w1)[FK][D / 8][4], const float (&w2)[D / 16][FT][4], int thread
+) {
     Four* to = reinterpret_cast<Four*>(record) + thread;
 #pragma unroll
     for (int k = 0; k < FK * D / 8; k++) {
@@ -452,7 +522,9 @@ TTT_INLINE void save_weights(float* record, const float (&w1)[FK][D / 8][4], con
     }
 }
 template <int D>
-TTT_INLINE void restore_weights(float (&w1)[FK][D / 8][4], float (&w2)[D / 16][FT][4], const float* record, int thread) {
+TTT_INLINE void restore_weights(
+    float (&w1)[FK][D / 8][4], float (&w2)[D / 16][FT][4], const float* record, int thread
+) {
     const Four* from = reinterpret_cast<const Four*>(record) + thread;
 #pragma unroll
     for (int k = 0; k < FK * D / 8; k++) {

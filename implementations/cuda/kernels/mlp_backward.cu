@@ -1,331 +1,230 @@
-// TTT-MLP backward: one block a chain, the cotangents of the fast weights in registers where the forward has the weights.
+// TTT-MLP backward: one block a chain (or a cluster of two), with the cotangents of the fast weights in registers, where
+// the forward has the weights.
 //
 // The chain is walked in groups of mini-batches, from the last to the first. For each group:
 //     again: the fast weights in it are computed again from the saved ones, without products with w2 (the LayerNorms
 //            are saved, so g_z2 is known), and stored rounded to the I/O dtype, as operands lie in registers
 //     back:  mini-batch by mini-batch, the cotangents; d_w waits in global memory while `again` has the registers
-// Warp i has the hidden columns 32i .. 32i + 31. A mini-batch goes in chunks of 16 tokens, through these loops, where
+// Every warp has its hidden columns. A mini-batch goes in chunks of 16 tokens, through these loops, where
 // "sum" is a sum over warps through shared memory, and what a later loop needs is kept in the warp's own slots:
 //     norms     d_z2_bar through the output's LayerNorm, and g_z2 again: D / 4 lanes a token
 //     read      z1_bar, x2_bar, d_x2_bar, d_z1_bar                       -> sum: d_xq
 //     update    z1, g_x2, g_z1; what d_w pulls back; d_g_z1, d_g_x2      -> sum: d_g_z2, then the second order: d_z2
 //     first     d_x2, d_z1                                               -> sum: d_xk
 //     weights   d_w1 += xk^T d_z1 + .., d_w2 += x2^T d_z2 + g_x2 .., causal what the read-out adds as well
-// Causal, scores over tokens that are sums over f (attn2, d_attn1) only enter linearly: every warp applies its own part.
+// Causal, scores over tokens that are sums over f (attn2, d_attn1) only enter linearly: every warp applies its own
+// part. Of a cluster, each block has half of the hidden columns; sums over f are handed over twice a mini-batch.
 //
-// Bytes a chain: the group again, (group + 1) (16 D D + 16 D) at 2 bytes a weight; d_w, 32 D D + 16 D.
-#include "mlp.cuh"
+// Global memory of a chain beside the tensors: the states of a group, rounded, (group + 1) (16 D D + 16 D) bytes; d_w,
+// 32 D D; and what `BackwardShared` has no room to keep.
+#include "mlp_cotangents.cuh"
 
 namespace ttt {
 
-struct BackwardArguments {
-    View xq, xk, xv, lr;
-    const float *token_eta, *ln_weight, *ln_bias;
-    View d_out;
-    const float *d_final_w1, *d_final_b1, *d_final_w2, *d_final_b2;
-    const float* saved;
-    const void *x_hat, *x_hat_bar;
-    const float *rstd, *rstd_bar;
-    void *d_xq, *d_xk, *d_xv, *d_lr;
-    float *d_w1, *d_b1, *d_w2, *d_b2;
-    float *d_token_eta, *d_ln_weight, *d_ln_bias;  // parts: [block, M], [chain, D]
-    unsigned char* work;                           // [block, work_size]
-    int64_t work_size, heads, mini_batches, group, aligned;
-    double eps;
-};
-
-enum Kept { X2, SLOPE, Z1, G_X2, G_Z1, X2_BAR, D_Z1_BAR };  // Z1: what of d_z1 is known, then d_z1; G_X2: d_g_x2
-
-template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
-    using S = Sizes<D>;
-    static constexpr int CHUNKS = M / CHUNK, TILE = M * S::ROW, STAGES = CHUNKS < 4 ? 2 : 1;
-    static constexpr int KEPT = CAUSAL ? 7 : 5;
-    static constexpr int ROOM = CHUNKS < 2 ? 7 : CHUNKS < 4 ? 6 : SPLIT == 2 ? (CAUSAL ? 4 : 5) : CAUSAL ? 3 : 4;
-    static constexpr int KEPT_SHARED = KEPT < ROOM ? KEPT : ROOM;  // the others in global memory
-    static constexpr int SQUARES = CAUSAL ? CHUNKS * (CHUNKS + 1) / 2 : 0;
-    static constexpr bool WIDE = CHUNKS < 4;                                // squares in fp32
-    // One chunk, causal: there is room for all that a mini-batch reads, copied while the one before it is computed.
-    static constexpr bool AHEAD = CHUNKS == 1 && CAUSAL;
-    static constexpr int SUMS = CHUNKS == 2 ? 2 : 1;  // buffers of partial sums
-    T xq[STAGES][TILE], xk[STAGES][TILE];
-    T xv[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], d_out[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
-    fp16 x_hat[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], x_hat_bar[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
-    uint32_t weights[S::WARPS][AHEAD ? 32 * D / SPLIT : 4];     // of w1 and w2, 8 x 8 blocks of this warp
-    float bend[S::WARPS][AHEAD ? 128 * FT : 4];              // g_x2 gelu''(z1)
-    T g_z2[TILE], d_z2_bar[TILE];
-    T d_z2[TILE];  // `again`: -eta_last lr g_z2
-    float partials[SUMS][S::WARPS * S::PARTIAL];
-    // Of a cluster: what this block summed of a chunk, and what the other sent: of d_g_z2, and of d_xq and d_xk, which go
-    // to the block that writes the chunk.
-    static constexpr int HALF = (CHUNKS + 1) / 2;
-    Four mine[SPLIT == 1 ? 1 : CHUNKS + HALF][SPLIT == 1 ? 1 : S::THREADS];
-    Four sent[SPLIT == 1 ? 1 : CHUNKS + 2 * HALF][SPLIT == 1 ? 1 : S::THREADS];
-    float sent_along[SPLIT == 1 ? 4 : M], sent_lr[SPLIT == 1 ? 4 : M];
-    uint32_t kept[KEPT_SHARED][CHUNKS][S::WARPS][SLOT_WORDS];
-    uint32_t attn1[SQUARES + 1][WIDE ? 256 : 128], d_scores2[SQUARES + 1][WIDE ? 256 : 128];
-    float lr[STAGES][M], rstd[STAGES][M], rstd_bar[STAGES][M], token_eta[M], b1[S::OWN], d_b1[S::OWN], b2_part[S::WARPS][D];
-    float along[S::WARPS][M], along_b2[M];
-    float lr_part[CAUSAL ? S::WARPS : 1][M], eta_part[CAUSAL ? S::WARPS : 1][M];
-};
-
-// What a block has in global memory.
-template <int D, int M> struct Work {
-    using S = Sizes<D>;
-    static constexpr int WEIGHTS = 16 * D * D / SPLIT;  // bytes of both layers, rounded
-    static constexpr int SLOT = WEIGHTS + 4 * S::OWN;
-    static constexpr int KEPT = M / CHUNK * S::WARPS * 4 * SLOT_WORDS;
-    static constexpr int D_WEIGHTS = 32 * D * D / SPLIT, HELD = 4 * M * D, ATTN = M / CHUNK * (M / CHUNK + 1) / 2 * S::WARPS * 512;
-    static constexpr int FIXED = D_WEIGHTS + HELD + 7 * KEPT + ATTN;  // then group + 1 slots
-};
-
-// Rounded weights in global memory, 16 bytes of each lane after another. Word q of `First` and `Second`:
-template <int D> TTT_INLINE uint32_t& word(First<D>& w, int q) { return w.x[q / (D / 4)][q / 2 % (D / 8)][q % 2]; }
-template <int D> TTT_INLINE uint32_t& word(Second<D>& w, int q) { return w.x[q / (2 * FT)][q / 2 % FT][q % 2]; }
-
-template <int D, typename W> TTT_INLINE void save_words(Words* to, W w, int thread) {
-#pragma unroll
-    for (int k = 0; k < D / 8 / SPLIT; k++)
-        to[k * Sizes<D>::THREADS + thread] = {
-            word<D>(w, 4 * k), word<D>(w, 4 * k + 1), word<D>(w, 4 * k + 2), word<D>(w, 4 * k + 3)};
-}
-template <int D, typename W> TTT_INLINE W restore_words(const Words* from, int thread) {
-    W w;
-#pragma unroll
-    for (int k = 0; k < D / 8 / SPLIT; k++) {
-        Words y = from[k * Sizes<D>::THREADS + thread];
-#pragma unroll
-        for (int i = 0; i < 4; i++) word<D>(w, 4 * k + i) = y.x[i];
-    }
-    return w;
-}
-// The same as 8 x 8 blocks one after another, which ldmatrix gives as they are or transposed.
-template <int D> TTT_INLINE void save_blocks(uint32_t* to, First<D> w1, Second<D> w2, int lane) {
-    constexpr int BLOCKS = D / 2 / SPLIT;
-#pragma unroll
-    for (int q = 0; q < BLOCKS; q++) to[32 * q + lane] = word<D>(w1, q), to[32 * (BLOCKS + q) + lane] = word<D>(w2, q);
-}
-template <int D, bool TRANSPOSED, typename W> TTT_INLINE W load_blocks(const uint32_t* blocks, int lane) {
-    W w;
-#pragma unroll
-    for (int k = 0; k < D / 8 / SPLIT; k++) {
-        uint32_t r[4];
-        if (TRANSPOSED) ldmatrix_x4_trans(r, blocks + 128 * k + 4 * lane);
-        else ldmatrix_x4(r, blocks + 128 * k + 4 * lane);
-#pragma unroll
-        for (int i = 0; i < 4; i++) word<D>(w, 4 * k + i) = r[i];
-    }
-    return w;
-}
-
-// A square of scores of 16 x 16 tokens, in the places of an accumulator: x[e] is row g + 8 (e / 2 % 2), column
-// 8 (e / 4) + 2t + e % 2.
-struct Square { float x[8]; };
-
-template <typename T, bool WIDE> TTT_INLINE void store_square(uint32_t* slot, const Square& s, int lane) {
-    if (WIDE) {
-        reinterpret_cast<Four*>(slot)[lane] = {s.x[0], s.x[1], s.x[2], s.x[3]};
-        reinterpret_cast<Four*>(slot)[32 + lane] = {s.x[4], s.x[5], s.x[6], s.x[7]};
-    } else
-        reinterpret_cast<Words*>(slot)[lane] = {
-            pack<T>(s.x[0], s.x[1]), pack<T>(s.x[2], s.x[3]), pack<T>(s.x[4], s.x[5]), pack<T>(s.x[6], s.x[7])};
-}
-template <typename T, bool WIDE> TTT_INLINE Square load_square(const uint32_t* slot, int lane) {
-    Square s;
-    if (WIDE) {
-        Four a = reinterpret_cast<const Four*>(slot)[lane], b = reinterpret_cast<const Four*>(slot)[32 + lane];
-        for (int i = 0; i < 4; i++) s.x[i] = a.x[i], s.x[4 + i] = b.x[i];
-    } else {
-        Words w = reinterpret_cast<const Words*>(slot)[lane];
-        for (int i = 0; i < 4; i++) {
-            float2 y = unpack<T>(w.x[i]);
-            s.x[2 * i] = y.x, s.x[2 * i + 1] = y.y;
-        }
-    }
-    return s;
-}
-template <typename T> TTT_INLINE void square_as_a(uint32_t (&a)[4], const Square& s) {
-    for (int i = 0; i < 4; i++) a[i] = pack<T>(s.x[2 * i], s.x[2 * i + 1]);
-}
-TTT_INLINE void transpose_a(uint32_t (&a)[4]) {
-    const uint32_t upper = movmatrix(a[2]);
-    a[0] = movmatrix(a[0]), a[2] = movmatrix(a[1]), a[1] = upper, a[3] = movmatrix(a[3]);
-}
-
-// Keeps what is computed from `w` in a loop in that loop, instead of in registers all the time.
-template <int A, int B> TTT_INLINE void pin(float (&w)[A][B][4]) {
-#ifdef __CUDACC__
-#pragma unroll
-    for (int i = 0; i < A; i++)
-#pragma unroll
-        for (int j = 0; j < B; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) asm volatile("" : "+f"(w[i][j][e]));
-#endif
-}
-
-// z [16, 32 f] = b [f]
-TTT_INLINE void start_columns(float (&z)[FT][4], const float* b, int t) {
-#pragma unroll
-    for (int k = 0; k < FT; k++) {
-        Two x = *reinterpret_cast<const Two*>(b + 8 * k + 2 * t);
-        z[k][0] = z[k][2] = x.x[0], z[k][1] = z[k][3] = x.x[1];
-    }
-}
-TTT_INLINE void add_columns(float (&sums)[2 * FT], const float (&z)[FT][4]) {
-#pragma unroll
-    for (int k = 0; k < FT; k++) sums[2 * k] += z[k][0] + z[k][2], sums[2 * k + 1] += z[k][1] + z[k][3];
-}
-
 template <typename T, int D, int M, bool CAUSAL>
-__global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ BackwardArguments a) {
+__global__ void TTT_CLUSTER
+__launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ BackwardArguments a) {
     using S = Sizes<D>;
     using Shared = BackwardShared<T, D, M, CAUSAL>;
     using W = Work<D, M>;
     constexpr int CHUNKS = M / CHUNK, F = S::F, ROW = S::ROW, STAGES = Shared::STAGES;
     constexpr bool AHEAD = Shared::AHEAD;
+    constexpr int PAIR = SPLIT == 2 && CHUNKS > 1 ? 2 : 1;  // chunks whose products overlap in time
+    constexpr int TOGETHER = CHUNKS < 2 * SPLIT ? CHUNKS : 2 * SPLIT;  // chunks that are loaded before one is stored
     TTT_SHARED(memory);
     auto& s = *reinterpret_cast<Shared*>(memory);
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int rank = SPLIT == 1 ? 0 : cluster_rank();
     Shared* const other = SPLIT == 1 ? &s : cluster_map(&s, 1 - rank);
     const int64_t chain = blockIdx.x / SPLIT, batch = chain / a.heads, head = chain % a.heads;
     const int N = int(a.mini_batches), group = int(a.group), groups = (N + group - 1) / group;
-    const Place<D> at(thread);
-    const T* xq = static_cast<const T*>(a.xq.p) + batch * a.xq.b + head * a.xq.h;
-    const T* xk = static_cast<const T*>(a.xk.p) + batch * a.xk.b + head * a.xk.h;
-    const T* xv = static_cast<const T*>(a.xv.p) + batch * a.xv.b + head * a.xv.h;
-    const T* lr = static_cast<const T*>(a.lr.p) + batch * a.lr.b + head * a.lr.h;
-    const T* d_out = static_cast<const T*>(a.d_out.p) + batch * a.d_out.b + head * a.d_out.h;
-    const int64_t own = batch * N * M * a.heads + head, own_stride = a.heads * D;  // of contiguous gradients
-    T *d_xq = static_cast<T*>(a.d_xq) + own * D, *d_xk = static_cast<T*>(a.d_xk) + own * D;
-    T *d_xv = static_cast<T*>(a.d_xv) + own * D, *d_lr = static_cast<T*>(a.d_lr) + own;
-    const fp16* x_hat = static_cast<const fp16*>(a.x_hat) + chain * N * M * D;
-    const fp16* x_hat_bar = static_cast<const fp16*>(a.x_hat_bar) + chain * N * M * D;
-    const float *rstd = a.rstd + chain * N * M, *rstd_bar = a.rstd_bar + chain * N * M;
+    Place<D> at(thread);
+    const int64_t own_stride = a.heads * D;  // of contiguous gradients
     const float eta_last = a.token_eta[M - 1];
-    unsigned char* work = a.work + blockIdx.x * a.work_size;
-    float* work_d_w = reinterpret_cast<float*>(work);
-    Four* held = reinterpret_cast<Four*>(work + W::D_WEIGHTS) + thread;  // d_target of this thread's places
-    uint32_t* work_kept = reinterpret_cast<uint32_t*>(work + W::D_WEIGHTS + W::HELD);
-    uint32_t* work_attn = work_kept + 7 * W::KEPT / 4 + warp * 128;
-    unsigned char* slots = work + W::FIXED;
-
-    float gamma[4], beta[4], d_b2[4], d_gamma[4] = {}, d_beta[4] = {}, d_eta_last = 0;
-    for (int i = 0; i < 4; i++) {
-        gamma[i] = a.ln_weight[head * D + at.d + i], beta[i] = a.ln_bias[head * D + at.d + i];
-        d_b2[i] = a.d_final_b2[chain * D + at.d + i];
+    if (thread == 0) {
+        const int64_t own = batch * N * M * a.heads + head, tokens = chain * N * M;
+        auto of = [&](const View& x) { return static_cast<const T*>(x.p) + batch * x.b + head * x.h; };
+        s.base = {
+            of(a.xq), of(a.xk), of(a.xv), of(a.lr), of(a.d_out),
+            static_cast<T*>(a.d_xq) + own * D, static_cast<T*>(a.d_xk) + own * D, static_cast<T*>(a.d_xv) + own * D,
+            static_cast<T*>(a.d_lr) + own,
+            static_cast<const fp16*>(a.x_hat) + tokens * D, static_cast<const fp16*>(a.x_hat_bar) + tokens * D,
+            a.rstd + tokens, a.rstd_bar + tokens, a.work + blockIdx.x * a.work_size};
     }
+    auto held = [&](int c) -> Four& {  // d_target of this thread's place
+        return reinterpret_cast<Four*>(s.base.work + W::D_WEIGHTS)[c * S::THREADS + thread];
+    };
+    auto work_d_w = [&] { return reinterpret_cast<float*>(s.base.work); };
+    auto work_attn = [&](int number) -> Words& {  // d_attn1 of a square, of this warp
+        return reinterpret_cast<Words*>(
+            s.base.work + W::D_WEIGHTS + W::HELD + 7 * W::KEPT
+        )[(number * S::WARPS + warp) * 32 + lane];
+    };
+
+    float d_b2[4], d_eta_last = 0;
+    for (int i = 0; i < 4; i++) d_b2[i] = a.d_final_b2[chain * D + at.d + i];
+    if (thread < D) s.gamma[thread] = a.ln_weight[head * D + thread], s.beta[thread] = a.ln_bias[head * D + thread];
+    s.d_gamma[thread] = s.d_beta[thread] = {0, 0, 0, 0};
     if (thread < S::OWN) s.d_b1[thread] = a.d_final_b1[chain * F + rank * S::OWN + thread];
     for (int i = thread; i < M; i += S::THREADS) s.token_eta[i] = a.token_eta[i];
     if (CAUSAL)
         for (int i = thread; i < S::WARPS * M; i += S::THREADS) s.eta_part[i / M][i % M] = 0;
-    const int column = rank * S::OWN + warp * SLICE;  // this warp's first
     float *b1 = s.b1 + SLICE * warp, *d_b1 = s.d_b1 + SLICE * warp;
+    // What depends on the thread alone is computed again in every phase: kept over a mini-batch, addresses would spill.
+    auto refresh = [&] {
+        pin(thread);
+        warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4, at = Place<D>(thread);
+        b1 = s.b1 + SLICE * warp, d_b1 = s.d_b1 + SLICE * warp;
+    };
 
     // This warp's slot of what is kept of a chunk.
     auto slot = [&](int what, int c) -> uint32_t* {
         if (what < Shared::KEPT_SHARED) return s.kept[what][c][warp];
-        return work_kept + ((what * CHUNKS + c) * S::WARPS + warp) * SLOT_WORDS;
+        return reinterpret_cast<uint32_t*>(s.base.work + W::D_WEIGHTS + W::HELD) +
+               ((what * CHUNKS + c) * S::WARPS + warp) * SLOT_WORDS;
     };
-    auto weights_of = [&](int k) { return reinterpret_cast<Words*>(slots + int64_t(k) * W::SLOT); };
+    auto weights_of = [&](int k) { return reinterpret_cast<Words*>(s.base.work + W::FIXED + k * W::SLOT); };
     auto second_of = [&](int k) { return weights_of(k) + D / 8 / SPLIT * S::THREADS; };
-    auto b1_of = [&](int k) { return reinterpret_cast<float*>(slots + int64_t(k) * W::SLOT + W::WEIGHTS); };
-    // A rounded state: the old weights (`First`, `Second`), as they lie or with every block transposed.
-    auto first_of = [&](int k) -> First<D> {
-        if constexpr (AHEAD) return load_blocks<D, false, First<D>>(s.weights[warp], lane);
+    auto b1_of = [&](int k) { return reinterpret_cast<float*>(s.base.work + W::FIXED + k * W::SLOT + W::WEIGHTS); };
+    // The rounded weights of a slot, as they lie or with every block transposed.
+    auto first_of = [&](int k) {
+        if constexpr (AHEAD) return Blocks<false>{s.weights[warp], lane};
         else return restore_words<D, First<D>>(weights_of(k), thread);
     };
-    auto first_t_of = [&](int k) -> First<D> {
-        if constexpr (AHEAD) return load_blocks<D, true, First<D>>(s.weights[warp], lane);
+    auto first_t_of = [&](int k) {
+        if constexpr (AHEAD) return Blocks<true>{s.weights[warp], lane};
         else return transpose(restore_words<D, First<D>>(weights_of(k), thread));
     };
-    auto second_r_of = [&](int k) -> Second<D> {
-        if constexpr (AHEAD) return load_blocks<D, false, Second<D>>(s.weights[warp] + 16 * D / SPLIT, lane);
+    auto second_r_of = [&](int k) {
+        if constexpr (AHEAD) return Blocks<false>{s.weights[warp] + 16 * D / SPLIT, lane};
         else return restore_words<D, Second<D>>(second_of(k), thread);
     };
-    auto second_t_of = [&](int k) -> Second<D> {
-        if constexpr (AHEAD) return load_blocks<D, true, Second<D>>(s.weights[warp] + 16 * D / SPLIT, lane);
+    auto second_t_of = [&](int k) {
+        if constexpr (AHEAD) return Blocks<true>{s.weights[warp] + 16 * D / SPLIT, lane};
         else return transpose(restore_words<D, Second<D>>(second_of(k), thread));
     };
     float next_lr = 0, next_rstd = 0, next_rstd_bar = 0;  // of token `thread`, on their way to shared memory
     auto fetch = [&](int n, bool both) {
         const int stage = n % STAGES;
         const int64_t first = int64_t(n) * M;
-        load_tokens<T, D, M>(s.xk[stage], xk + first * a.xk.t, a.xk.t, a.aligned, thread);
-        if (both) load_tokens<T, D, M>(s.xq[stage], xq + first * a.xq.t, a.xq.t, a.aligned, thread);
+        const T *from_xk = s.base.xk + first * a.xk.t, *from_xq = s.base.xq + first * a.xq.t;
         if constexpr (AHEAD) {
-            load_tokens<T, D, M>(s.xv[stage], xv + first * a.xv.t, a.xv.t, a.aligned, thread);
-            load_tokens<fp16, D, M>(s.x_hat[stage], x_hat + first * D, D, true, thread);
-            if (both) {
-                load_tokens<T, D, M>(s.d_out[stage], d_out + first * a.d_out.t, a.d_out.t, a.aligned, thread);
-                load_tokens<fp16, D, M>(s.x_hat_bar[stage], x_hat_bar + first * D, D, true, thread);
-            }
+            const T *from_xv = s.base.xv + first * a.xv.t, *from_d_out = s.base.d_out + first * a.d_out.t;
+            load_two<T, D>(s.xk[stage], from_xk, a.xk.t, s.xv[stage], from_xv, a.xv.t, a.aligned, thread);
+            if (both)
+                load_two<T, D>(s.xq[stage], from_xq, a.xq.t, s.d_out[stage], from_d_out, a.d_out.t, a.aligned, thread);
+            const fp16 *from_x_hat = s.base.x_hat + first * D, *from_bar = s.base.x_hat_bar + first * D;
+            load_two<fp16, D>(s.x_hat[stage], from_x_hat, D, s.x_hat_bar[stage], from_bar, D, true, thread);
+        } else {
+            load_tokens<T, D, M>(s.xk[stage], from_xk, a.xk.t, a.aligned, thread);
+            if (both) load_tokens<T, D, M>(s.xq[stage], from_xq, a.xq.t, a.aligned, thread);
         }
         copy_async_commit();
         if (thread < M) {
-            next_lr = to_float(lr[(first + thread) * a.lr.t]);
-            next_rstd = rstd[first + thread];
-            if (both) next_rstd_bar = rstd_bar[first + thread];
+            next_lr = to_float(s.base.lr[(first + thread) * a.lr.t]);
+            next_rstd = s.base.rstd[first + thread];
+            if (both) next_rstd_bar = s.base.rstd_bar[first + thread];
         }
     };
-    auto fetched = [&](int n) {
+    auto arrived = [&](int n) {  // and a barrier behind it: `fetched`
         copy_async_wait<0>();
         if (thread < M) {
             const int stage = n % STAGES;
             s.lr[stage][thread] = next_lr, s.rstd[stage][thread] = next_rstd, s.rstd_bar[stage][thread] = next_rstd_bar;
         }
+    };
+    auto fetched = [&](int n) {
+        arrived(n);
         sync();
     };
     auto fetch_weights = [&](int k) {
         if constexpr (AHEAD) {
-            const uint32_t* from = reinterpret_cast<const uint32_t*>(weights_of(k)) + warp * 32 * D / SPLIT;
+            const uint32_t* from = reinterpret_cast<const uint32_t*>(weights_of(k)) + warp * 32 * D / SPLIT + 4 * lane;
+            uint32_t* to = s.weights[warp] + 4 * lane;
 #pragma unroll
-            for (int i = 0; i < D / 4 / SPLIT; i++) copy_async_16(s.weights[warp] + 4 * (32 * i + lane), from + 4 * (32 * i + lane));
+            for (int i = 0; i < D / 4 / SPLIT; i++) copy_async_16(to + 128 * i, from + 128 * i);
             if (lane < SLICE / 4) copy_async_16(b1 + 4 * lane, b1_of(k) + SLICE * warp + 4 * lane);
             copy_async_commit();
         }
     };
     int turn = 0;
-    auto sum_warps = [&](const float(&part)[D / 8][4], bool wait = (M > CHUNK)) {
-        float* buffer = s.partials[turn];
-        turn = (turn + 1) % Shared::SUMS;
-        if (Shared::SUMS == 1 && wait) sync();  // the last sum has been read
-        store_partial<D>(buffer + warp * S::PARTIAL, part, lane);
+    // A sum over warps: every warp posts its part, and behind a barrier takes the sum, where its place is. What it does in
+    // between fills the time until all have come. `wait`: the last sum may still be being taken.
+    auto post = [&](const float(&part)[D / 8][4], bool wait = (M > CHUNK)) {
+        if (Shared::SUMS == 1 && wait) sync();
+        store_partial<D>(s.partials[turn] + warp * S::PARTIAL, part, lane);
+    };
+    auto take = [&] {
         sync();
-        return sum_partials<D>(buffer, at);
+        const Four sum = sum_partials<D>(s.partials[turn], at);
+        turn = (turn + 1) % Shared::SUMS;
+        return sum;
     };
     // Of row `row` of mini-batch n: four d of what is there.
     auto norm_of = [&](int n, int row) {
         const int stage = n % STAGES;
         Four x;
         if constexpr (AHEAD) x = load_four(s.x_hat[stage] + row * ROW + at.d);
-        else x = load_four(x_hat + (int64_t(n) * M + row) * D + at.d);
+        else x = load_four(s.base.x_hat + (int64_t(n) * M + row) * D + at.d);
         return Norm{{x.x[0], x.x[1], x.x[2], x.x[3]}, s.rstd[stage][row]};
     };
     auto norm_bar_of = [&](int n, int row) {
         const int stage = n % STAGES;
         Four x;
         if constexpr (AHEAD) x = load_four(s.x_hat_bar[stage] + row * ROW + at.d);
-        else x = load_four(x_hat_bar + (int64_t(n) * M + row) * D + at.d);
+        else x = load_four(s.base.x_hat_bar + (int64_t(n) * M + row) * D + at.d);
         return Norm{{x.x[0], x.x[1], x.x[2], x.x[3]}, s.rstd_bar[stage][row]};
     };
     auto d_out_of = [&](int n, int row) {
         if constexpr (AHEAD) return load_four(s.d_out[n % STAGES] + row * ROW + at.d);
-        else return load_four(d_out + (int64_t(n) * M + row) * a.d_out.t + at.d);
+        else return load_four(s.base.d_out + (int64_t(n) * M + row) * a.d_out.t + at.d);
     };
     // LN(z2) - target
     auto inner_error = [&](const Norm& norm, int n, int row) {
         Four v, k = load_four(s.xk[n % STAGES] + row * ROW + at.d);
         if constexpr (AHEAD) v = load_four(s.xv[n % STAGES] + row * ROW + at.d);
-        else v = load_four(xv + (int64_t(n) * M + row) * a.xv.t + at.d);
+        else v = load_four(s.base.xv + (int64_t(n) * M + row) * a.xv.t + at.d);
         Four error;
-        for (int i = 0; i < 4; i++) error.x[i] = gamma[i] * norm.x_hat[i] + beta[i] - (v.x[i] - k.x[i]);
+        for (int i = 0; i < 4; i++)
+            error.x[i] = s.gamma[at.d + i] * norm.x_hat[i] + s.beta[at.d + i] - (v.x[i] - k.x[i]);
         return error;
     };
     auto times_gamma = [&](const Four& x) {
-        return Four{x.x[0] * gamma[0], x.x[1] * gamma[1], x.x[2] * gamma[2], x.x[3] * gamma[3]};
+        const Four gamma = *reinterpret_cast<const Four*>(s.gamma + at.d);
+        return Four{x.x[0] * gamma.x[0], x.x[1] * gamma.x[1], x.x[2] * gamma.x[2], x.x[3] * gamma.x[3]};
     };
 
+    // Norms: d_z2_bar of a mini-batch, its sum over tokens, and g_z2 again.
+    float read_b2[4];
+    auto norms = [&](int n) {
+        const int turn = n % Shared::NORMS;
+        for (int i = 0; i < 4; i++) read_b2[i] = 0;
+#pragma unroll 1
+        for (int first = 0; first < CHUNKS; first += TOGETHER) {
+            Norm norm_bar[TOGETHER], norm[TOGETHER];
+            Four d_y[TOGETHER], error[TOGETHER];
+#pragma unroll
+            for (int c = 0; c < TOGETHER; c++) {
+                const int row = CHUNK * (first + c) + at.token;
+                norm_bar[c] = norm_bar_of(n, row), norm[c] = norm_of(n, row);
+                d_y[c] = d_out_of(n, row), error[c] = inner_error(norm[c], n, row);
+            }
+#pragma unroll
+            for (int c = 0; c < TOGETHER; c++) {
+                const int at_row = (CHUNK * (first + c) + at.token) * ROW + at.d;
+                const Four d_z2_bar = project<D>(times_gamma(d_y[c]), norm_bar[c]);
+                for (int i = 0; i < 4; i++) {
+                    s.d_gamma[thread].x[i] += d_y[c].x[i] * norm_bar[c].x_hat[i];
+                    s.d_beta[thread].x[i] += d_y[c].x[i];
+                    read_b2[i] += d_z2_bar.x[i];
+                }
+                store_four(s.d_z2_bar[turn] + at_row, d_z2_bar.x);
+                store_four(s.g_z2[turn] + at_row, project<D>(times_gamma(error[c]), norm[c]).x);
+            }
+        }
+    };
+
+    sync();
     if (SPLIT == 2) cluster_sync();  // both blocks have started
     for (int number = groups - 1; number >= 0; number--) {
         const int begin = number * group, end = begin + group < N ? begin + group : N;
@@ -339,11 +238,15 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             if (thread < S::OWN) s.b1[thread] = record[S::RECORD - S::OWN + thread];
             fetch(begin, false);
             for (int n = begin;; n++) {
+                refresh();
                 fetched(n);
                 {
                     const First<D> w1_r = round_first<T, D>(w1);
                     const Second<D> w2_r = round_second<T, D>(w2), w2_t = transpose(w2_r);
-                    if (AHEAD) save_blocks<D>(reinterpret_cast<uint32_t*>(weights_of(n - begin)) + warp * 32 * D / SPLIT, w1_r, w2_r, lane);
+                    if (AHEAD)
+                        save_blocks<D>(
+                            reinterpret_cast<uint32_t*>(weights_of(n - begin)) + warp * 32 * D / SPLIT, w1_r, w2_r, lane
+                        );
                     else {
                         save_words<D>(weights_of(n - begin), w1_r, thread);
                         save_words<D>(second_of(n - begin), w2_r, thread);
@@ -354,32 +257,49 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     const float* lr_n = s.lr[n % STAGES];
                     if (STAGES == 2 && n + 1 < end) fetch(n + 1, false);
 #pragma unroll 1
-                    for (int c = 0; c < CHUNKS; c++) {
-                        const int row = CHUNK * c + at.token;
-                        const Norm norm = norm_of(n, row);
-                        Four g_z2 = project<D>(times_gamma(inner_error(norm, n, row)), norm);
-                        store_four(s.g_z2 + row * ROW + at.d, g_z2.x);
-                        for (int i = 0; i < 4; i++) g_z2.x[i] *= -eta_last * lr_n[row];
-                        store_four(s.d_z2 + row * ROW + at.d, g_z2.x);
+                    for (int first = 0; first < CHUNKS; first += TOGETHER) {
+                        Norm norm[TOGETHER];
+                        Four error[TOGETHER];
+#pragma unroll
+                        for (int c = 0; c < TOGETHER; c++) {
+                            const int row = CHUNK * (first + c) + at.token;
+                            norm[c] = norm_of(n, row), error[c] = inner_error(norm[c], n, row);
+                        }
+#pragma unroll
+                        for (int c = 0; c < TOGETHER; c++) {
+                            const int row = CHUNK * (first + c) + at.token;
+                            Four g_z2 = project<D>(times_gamma(error[c]), norm[c]);
+                            store_four(s.g_z2[0] + row * ROW + at.d, g_z2.x);
+                            for (int i = 0; i < 4; i++) g_z2.x[i] *= -eta_last * lr_n[row];
+                            store_four(s.d_z2 + row * ROW + at.d, g_z2.x);
+                        }
                     }
                     sync();
                     float step_b1[2 * FT] = {};
 #pragma unroll 1
-                    for (int c = 0; c < CHUNKS; c++) {
-                        float z1[FT][4], g_z1[FT][4] = {};
-                        start_columns(z1, b1, t);
-                        times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
-                        times_second_t<T, D>(g_z1, s.g_z2, CHUNK * c, w2_t, lane);
-                        const float step[2] = {-eta_last * lr_n[CHUNK * c + g], -eta_last * lr_n[CHUNK * c + g + 8]};
+                    for (int c = 0; c < CHUNKS; c += PAIR) {
+                        if (CHUNKS > 1) refresh();
+                        float z1[PAIR][FT][4], g_z1[PAIR][FT][4] = {};
 #pragma unroll
-                        for (int e = 0; e < 4 * FT; e++) {
-                            const Gelu y = gelu_first(z1[e / 4][e % 4]);
-                            z1[e / 4][e % 4] = y.value;
-                            g_z1[e / 4][e % 4] *= y.first * step[e / 2 % 2];
+                        for (int p = 0; p < PAIR; p++) {
+                            start_columns(z1[p], b1, t);
+                            times_first<T, D>(z1[p], xk_tile, CHUNK * (c + p), w1_r, lane);
+                            times_second_t<T, D>(g_z1[p], s.g_z2[0], CHUNK * (c + p), w2_t, lane);
                         }
-                        add_columns(step_b1, g_z1);
-                        update_first<T, D>(w1, transpose(round_columns<T>(g_z1)), xk_tile, CHUNK * c, lane);
-                        update_second<T, D>(w2, transpose(round_columns<T>(z1)), s.d_z2, CHUNK * c, lane);
+#pragma unroll
+                        for (int p = 0; p < PAIR; p++) {
+                            const int row = CHUNK * (c + p);
+                            const float step[2] = {-eta_last * lr_n[row + g], -eta_last * lr_n[row + g + 8]};
+#pragma unroll
+                            for (int e = 0; e < 4 * FT; e++) {
+                                const Gelu y = gelu_first(z1[p][e / 4][e % 4]);
+                                z1[p][e / 4][e % 4] = y.value;
+                                g_z1[p][e / 4][e % 4] *= y.first * step[e / 2 % 2];
+                            }
+                            add_columns(step_b1, g_z1[p]);
+                            update_first<T, D>(w1, transpose(round_columns<T>(g_z1[p])), xk_tile, row, lane);
+                            update_second<T, D>(w2, transpose(round_columns<T>(z1[p])), s.d_z2, row, lane);
+                        }
                     }
                     sync_warp();  // every lane has read b1
                     const float step = sum_columns(step_b1, lane);
@@ -396,18 +316,30 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
         // Back.
         float d_w1[FK][D / 8][4], d_w2[D / 16][FT][4];
         if (number == groups - 1)
-            load_weights<D>(d_w1, d_w2, a.d_final_w1 + chain * F * D, a.d_final_w2 + chain * F * D, column, lane);
-        else restore_weights<D>(d_w1, d_w2, work_d_w, thread);
+            load_weights<D>(
+                d_w1, d_w2, a.d_final_w1 + chain * F * D, a.d_final_w2 + chain * F * D, rank * S::OWN + warp * SLICE,
+                lane
+            );
+        else restore_weights<D>(d_w1, d_w2, work_d_w(), thread);
         fetch(end - 1, true);
+        if (AHEAD) {
+            fetched(end - 1);
+            norms(end - 1);
+        }
         fetch_weights(end - 1 - begin);
         for (int n = end - 1; n >= begin; n--) {
+            refresh();
             const int stage = n % STAGES;
             // Of this warp's column `lane`.
             const float b1_n = AHEAD || lane >= SLICE ? 0 : b1_of(n - begin)[SLICE * warp + lane];
             const float b1_next = CAUSAL || lane >= SLICE ? 0 : b1_of(n - begin + 1)[SLICE * warp + lane];
-            fetched(n);
+            if (AHEAD) {
+                copy_async_wait<0>();
+                sync();
+            } else fetched(n);
             if (STAGES == 2 && n > begin) fetch(n - 1, true);
             const T *xq_tile = s.xq[stage], *xk_tile = s.xk[stage];
+            T *g_z2_tile = s.g_z2[n % Shared::NORMS], *d_z2_bar_tile = s.d_z2_bar[n % Shared::NORMS];
             const float* lr_n = s.lr[stage];
             if (!AHEAD && lane < SLICE) b1[lane] = CAUSAL ? b1_n : b1_next;
             if (CAUSAL)
@@ -415,22 +347,10 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
 
             const float scale = -eta_last;
 
-            // Norms: d_z2_bar, and g_z2 again.
-            float step_b2[4] = {};
-#pragma unroll 1
-            for (int c = 0; c < CHUNKS; c++) {
-                const int row = CHUNK * c + at.token;
-                const Norm norm_bar = norm_bar_of(n, row), norm = norm_of(n, row);
-                const Four d_y = d_out_of(n, row);
-                const Four d_z2_bar = project<D>(times_gamma(d_y), norm_bar);
-                for (int i = 0; i < 4; i++) {
-                    d_gamma[i] += d_y.x[i] * norm_bar.x_hat[i], d_beta[i] += d_y.x[i];
-                    step_b2[i] += d_z2_bar.x[i];
-                }
-                store_four(s.d_z2_bar + row * ROW + at.d, d_z2_bar.x);
-                const Four g_z2 = project<D>(times_gamma(inner_error(norm, n, row)), norm);
-                store_four(s.g_z2 + row * ROW + at.d, g_z2.x);
-            }
+            refresh();
+            if (!AHEAD) norms(n);
+            float step_b2[4];
+            for (int i = 0; i < 4; i++) step_b2[i] = read_b2[i];
             auto share_b2 = [&]() {
 #pragma unroll
                 for (int i = 0; i < 4; i++) step_b2[i] = sum_tokens<D>(step_b2[i]);
@@ -447,12 +367,12 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             if (!CAUSAL) share_b2();
             sync();
             if (!CAUSAL) add_b2();
-            // The inner gradient's second order, as in implementations/torch/blocks.py: d_z2, d_xv, and d_target for d_xk.
-            auto second_order = [&](Four d_g, int c) {
+            // The inner gradient's second order, as in implementations/torch/blocks.py: d_z2, d_xv, and d_target for
+            // d_xk.
+            auto second_order = [&](Four d_g, int c, const Norm& norm, const Four& error) {
                 const int row = CHUNK * c + at.token;
                 const int64_t token = int64_t(n) * M + row;
-                const Norm norm = norm_of(n, row);
-                const Four error = inner_error(norm, n, row), p = times_gamma(error);
+                const Four p = times_gamma(error);
                 const Four g_z2 = project<D>(p, norm);
                 float along_p = 0, along_b2 = 0, along_d_g = 0, through_rstd = 0;
                 for (int i = 0; i < 4; i++) {
@@ -461,13 +381,15 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     along_d_g += d_g.x[i] * norm.x_hat[i], through_rstd += d_g.x[i] * g_z2.x[i];
                 }
                 along_p = sum_token<D>(along_p) * (1.0f / D), along_b2 = sum_token<D>(along_b2);
-                along_d_g = sum_token<D>(along_d_g) * (1.0f / D), through_rstd = sum_token<D>(through_rstd) * (1.0f / D);
+                along_d_g = sum_token<D>(along_d_g) * (1.0f / D),
+                through_rstd = sum_token<D>(through_rstd) * (1.0f / D);
                 if (at.d == 0) s.along_b2[row] = along_b2;
                 const Four d_p = project<D>(d_g, norm), d_error = times_gamma(d_p);
                 Four d_x_hat = times_gamma(d_error);
                 for (int i = 0; i < 4; i++) {
                     d_x_hat.x[i] -= norm.rstd * (along_p * d_g.x[i] + along_d_g * p.x[i]);
-                    d_gamma[i] += d_p.x[i] * error.x[i] + d_error.x[i] * norm.x_hat[i], d_beta[i] += d_error.x[i];
+                    s.d_gamma[thread].x[i] += d_p.x[i] * error.x[i] + d_error.x[i] * norm.x_hat[i];
+                    s.d_beta[thread].x[i] += d_error.x[i];
                 }
                 Four d_z2 = project<D>(d_x_hat, norm), d_target;
                 for (int i = 0; i < 4; i++) {
@@ -475,8 +397,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     d_target.x[i] = -d_error.x[i];
                 }
                 store_four(s.d_z2 + row * ROW + at.d, d_z2.x);
-                if (c % SPLIT == rank) store_four(d_xv + token * own_stride + at.d, d_target.x);
-                held[c * S::THREADS] = d_target;
+                if (c % SPLIT == rank) store_four(s.base.d_xv + token * own_stride + at.d, d_target.x);
+                held(c) = d_target;
             };
             // Of a cluster: the sum of both blocks.
             auto both = [&](int own, int sent) {
@@ -486,14 +408,15 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             auto write_d_xq = [&](Four sum, int c) {
                 const Four d_y = d_out_of(n, CHUNK * c + at.token);
                 for (int i = 0; i < 4; i++) sum.x[i] += d_y.x[i];
-                store_four(d_xq + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
+                store_four(s.base.d_xq + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
             };
             auto write_d_xk = [&](Four sum, int c) {
-                const Four d_target = held[c * S::THREADS];
+                const Four d_target = held(c);
                 for (int i = 0; i < 4; i++) sum.x[i] -= d_target.x[i];
-                store_four(d_xk + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
+                store_four(s.base.d_xk + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
             };
-            auto eta_of = [&](int i, int j, int e) {  // of token rows in chunk i, columns in chunk j; 0 above the diagonal
+            auto eta_of = [&](int i, int j,
+                              int e) {  // of token rows in chunk i, columns in chunk j; 0 above the diagonal
                 const int row = CHUNK * i + g + e / 2 % 2 * 8, col = CHUNK * j + e / 4 * 8 + 2 * t + e % 2;
                 return row >= col ? s.token_eta[row] * lr_n[col] : 0.0f;
             };
@@ -524,7 +447,9 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     int i = 0, j = number;
                     while (j > i) j -= ++i;
                     float p[2][4] = {};
-                    row_scores<T, D>(p, second ? s.d_z2_bar : xq_tile, CHUNK * i, second ? s.g_z2 : xk_tile, CHUNK * j, lane);
+                    row_scores<T, D>(
+                        p, second ? d_z2_bar_tile : xq_tile, CHUNK * i, second ? g_z2_tile : xk_tile, CHUNK * j, lane
+                    );
                     Square square;
 #pragma unroll
                     for (int e = 0; e < 8; e++) {
@@ -537,31 +462,33 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                 sync();
             }
 
-            // Read: the read-out's own cotangents; not causal they are part of d_w already where the update is pulled back.
+            refresh();
+            // Read: the read-out's own cotangents; not causal they are part of d_w already where the update is pulled
+            // back.
             float read_b1[2 * FT] = {};
             if (CAUSAL) {
-                const First<D> w1_r = first_of(n - begin);
-                const Second<D> w2_t = second_t_of(n - begin);
+                const auto w1_r = first_of(n - begin);
+                const auto w2_t = second_t_of(n - begin);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
+                    if (CHUNKS > 1) refresh();
                     float z1[FT][4], g_z1[FT][4] = {};
                     start_columns(z1, b1, t);
                     times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
-                    times_second_t<T, D>(g_z1, s.g_z2, CHUNK * c, w2_t, lane);
+                    times_second_t<T, D>(g_z1, g_z2_tile, CHUNK * c, w2_t, lane);
                     if constexpr (AHEAD) {
-                        float slope[FT][4];
+                        float slope[FT][4], bend[FT][4];
 #pragma unroll
                         for (int k = 0; k < FT; k++) {
-                            Four bend;
 #pragma unroll
                             for (int i = 0; i < 4; i++) {
                                 const GeluSecond y = gelu_second(z1[k][i]);
-                                z1[k][i] = y.value, slope[k][i] = y.first, bend.x[i] = g_z1[k][i] * y.second;
+                                z1[k][i] = y.value, slope[k][i] = y.first, bend[k][i] = g_z1[k][i] * y.second;
                                 g_z1[k][i] *= y.first;
                             }
-                            reinterpret_cast<Four*>(s.bend[warp])[32 * k + lane] = bend;
                         }
                         keep(slot(SLOPE, c), round_columns<fp16>(slope), lane);
+                        keep(s.bend[warp], round_columns<T>(bend), lane);
                     } else {
 #pragma unroll
                         for (int e = 0; e < 4 * FT; e++) {
@@ -575,14 +502,15 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             }
             {
                 const int now = n - begin + (CAUSAL ? 0 : 1);
-                const First<D> w1_r = first_of(now), w1_t = AHEAD ? first_t_of(now) : transpose(w1_r);
-                const Second<D> w2_t = second_t_of(now);
+                auto w1_r = first_of(now);
+                const auto w2_t = second_t_of(now);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
+                    if (CHUNKS > 1) refresh();
                     float z1_bar[FT][4], d_z1_bar[FT][4] = {};
                     start_columns(z1_bar, b1, t);
                     times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
-                    times_second_t<T, D>(d_z1_bar, s.d_z2_bar, CHUNK * c, w2_t, lane);
+                    times_second_t<T, D>(d_z1_bar, d_z2_bar_tile, CHUNK * c, w2_t, lane);
                     if (CAUSAL) {
 #pragma unroll 1
                         for (int j = 0; j <= c; j++) {
@@ -607,10 +535,15 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                         z1_bar[e / 4][e % 4] = y.value, d_z1_bar[e / 4][e % 4] *= y.first;
                     }
                     add_columns(read_b1, d_z1_bar);
-                    const Columns x2_bar_t = transpose(round_columns<T>(z1_bar)), d_z1_bar_r = round_columns<T>(d_z1_bar);
+                    const Columns x2_bar_t = transpose(round_columns<T>(z1_bar)),
+                                  d_z1_bar_r = round_columns<T>(d_z1_bar);
                     const Columns d_z1_bar_t = transpose(d_z1_bar_r);
                     float part[D / 8][4] = {};
-                    times_first_t<T, D>(part, d_z1_bar_r, w1_t);
+                    if constexpr (AHEAD) times_first_t<T, D>(part, d_z1_bar_r, first_t_of(now));
+                    else {
+                        if (CHUNKS > 1) pin(w1_r);
+                        times_first_t<T, D>(part, d_z1_bar_r, transpose(w1_r));
+                    }
                     if (CAUSAL) {
                         keep(slot(X2_BAR, c), x2_bar_t, lane);
                         keep(slot(D_Z1_BAR, c), d_z1_bar_t, lane);
@@ -631,51 +564,55 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                             uint32_t p[4];
                             square_as_a<T>(p, d_attn);
                             times_rows<T, D>(part, p, xk_tile, CHUNK * j, lane);
-                            reinterpret_cast<Words*>(work_attn + number * S::WARPS * 128)[lane] = {p[0], p[1], p[2], p[3]};
+                            work_attn(number) = {p[0], p[1], p[2], p[3]};
                         }
-                    } else {
-                        update_first<T, D>(d_w1, d_z1_bar_t, xq_tile, CHUNK * c, lane);
-                        update_second<T, D>(d_w2, x2_bar_t, s.d_z2_bar, CHUNK * c, lane);
                     }
-                    const Four sum = sum_warps(part);
+                    post(part);
+                    if (!CAUSAL) {
+                        update_first<T, D>(d_w1, d_z1_bar_t, xq_tile, CHUNK * c, lane);
+                        update_second<T, D>(d_w2, x2_bar_t, d_z2_bar_tile, CHUNK * c, lane);
+                    }
+                    const Four sum = take();
                     if (SPLIT == 1) write_d_xq(sum, c);
                     else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = sum;
                     else other->sent[CHUNKS + c / 2][thread] = sum;
                 }
             }
+            const float read_b1_sum = sum_columns(read_b1, lane);
             if (!CAUSAL) {
-                const float step = sum_columns(read_b1, lane);
-                if (owns_column(lane)) d_b1[column_of(lane)] += step;
+                if (owns_column(lane)) d_b1[column_of(lane)] += read_b1_sum;
                 if (lane < SLICE) b1[lane] = b1_n;
                 sync_warp();
             }
 
+            refresh();
             // Update: what d_w pulls back, up to d_z2.
             {
-                const First<D> w1_r = AHEAD ? First<D>() : first_of(n - begin);
-                const Second<D> w2_t = AHEAD ? Second<D>() : second_t_of(n - begin);
+                const auto w1_r = first_of(n - begin);
+                const auto w2_t = second_t_of(n - begin);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
+                    if (CHUNKS > 1) refresh();
                     if (CHUNKS > 1) pin(d_w1), pin(d_w2);
                     const float step[2] = {scale * lr_n[CHUNK * c + g], scale * lr_n[CHUNK * c + g + 8]};
                     float slope[FT][4], bend[FT][4], pulled1[FT][4], pulled_x2[FT][4] = {}, along[2] = {};
                     start_columns(pulled1, d_b1, t);
                     times_first<T, D>(pulled1, xk_tile, CHUNK * c, round_first<T, D>(d_w1), lane);
                     const Second<D> d_w2_r = round_second<T, D>(d_w2);
-                    times_second_t<T, D>(pulled_x2, s.g_z2, CHUNK * c, transpose(d_w2_r), lane);
+                    times_second_t<T, D>(pulled_x2, g_z2_tile, CHUNK * c, transpose(d_w2_r), lane);
                     Columns x2_r;
                     if constexpr (AHEAD) {
                         x2_r = kept(slot(X2, c), lane);
                         const Columns slope_r = kept(slot(SLOPE, c), lane), g_z1_r = kept(slot(G_Z1, c), lane);
+                        const Columns bend_r = kept(s.bend[warp], lane);
 #pragma unroll
                         for (int k = 0; k < FT; k++) {
-                            const Four y = reinterpret_cast<const Four*>(s.bend[warp])[32 * k + lane];
 #pragma unroll
                             for (int h = 0; h < 2; h++) {
                                 const float2 x = unpack<T>(x2_r.x[k][h]), first = unpack<fp16>(slope_r.x[k][h]);
-                                const float2 g_z1 = unpack<T>(g_z1_r.x[k][h]);
+                                const float2 g_z1 = unpack<T>(g_z1_r.x[k][h]), second = unpack<T>(bend_r.x[k][h]);
                                 slope[k][2 * h] = first.x, slope[k][2 * h + 1] = first.y;
-                                bend[k][2 * h] = y.x[2 * h], bend[k][2 * h + 1] = y.x[2 * h + 1];
+                                bend[k][2 * h] = second.x, bend[k][2 * h + 1] = second.y;
                                 along[h] += g_z1.x * pulled1[k][2 * h] + g_z1.y * pulled1[k][2 * h + 1];
                                 along[h] += x.x * pulled_x2[k][2 * h] + x.y * pulled_x2[k][2 * h + 1];
                             }
@@ -684,7 +621,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                         float z1[FT][4], g_x2[FT][4] = {};
                         start_columns(z1, b1, t);
                         times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
-                        times_second_t<T, D>(g_x2, s.g_z2, CHUNK * c, w2_t, lane);
+                        times_second_t<T, D>(g_x2, g_z2_tile, CHUNK * c, w2_t, lane);
 #pragma unroll
                         for (int e = 0; e < 4 * FT; e++) {
                             const int k = e / 4, i = e % 4, h = e / 2 % 2;
@@ -722,7 +659,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                             scores<T>(attn2, transpose(x2_bar_t), x2_r);
 #pragma unroll
                             for (int e = 0; e < 8; e++) {
-                                const float eta = eta_of(i, c, e), attn = attn2[e / 4][e % 4] + (warp + rank == 0 ? 1.0f : 0.0f);
+                                const float eta = eta_of(i, c, e),
+                                            attn = attn2[e / 4][e % 4] + (warp + rank == 0 ? 1.0f : 0.0f);
                                 d_eta.x[e] = d_scores2.x[e] * attn;  // d_scores2 is 0 above the diagonal
                                 attn1.x[e] *= -eta, d_scores2.x[e] *= eta, read2.x[e] = -eta * attn;
                             }
@@ -736,22 +674,29 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                             times_columns<T>(pulled_x2, p, x2_bar_t);
                             square_as_a<T>(p, read2);
                             transpose_a(p);
-                            times_rows<T, D>(part, p, s.d_z2_bar, CHUNK * i, lane);
+                            times_rows<T, D>(part, p, d_z2_bar_tile, CHUNK * i, lane);
                         }
                     }
 #pragma unroll
                     for (int e = 0; e < 4 * FT; e++) {
                         const int k = e / 4, i = e % 4;
-                        bend[k][i] = pulled1[k][i] * bend[k][i] + pulled_x2[k][i] * slope[k][i];  // of d_z1, without d_z2
+                        bend[k][i] =
+                            pulled1[k][i] * bend[k][i] + pulled_x2[k][i] * slope[k][i];  // of d_z1, without d_z2
                         pulled1[k][i] *= slope[k][i];                                             // d_g_x2
                     }
                     keep(slot(Z1, c), round_columns<T>(bend), lane);
                     const Columns d_g_x2 = round_columns<T>(pulled1);
                     keep(slot(G_X2, c), d_g_x2, lane);
                     times_second<T, D>(part, d_g_x2, second_r_of(n - begin));
-                    const Four d_g = sum_warps(part, true);
-                    if (SPLIT == 1) second_order(d_g, c);
-                    else s.mine[c][thread] = d_g, other->sent[c][thread] = d_g;
+                    post(part, true);
+                    if (SPLIT == 1) {
+                        const Norm norm = norm_of(n, CHUNK * c + at.token);
+                        const Four error = inner_error(norm, n, CHUNK * c + at.token);
+                        second_order(take(), c, norm, error);
+                        continue;
+                    }
+                    const Four d_g = take();
+                    s.mine[c][thread] = d_g, other->sent[c][thread] = d_g;
                 }
             }
             float along = 0, d_lr_read = 0;  // of token `thread`
@@ -766,12 +711,20 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                 sync();
                 sum_along();
                 if (rank == 1 && thread < M) other->sent_along[thread] = along, other->sent_lr[thread] = d_lr_read;
-                cluster_sync();
-#pragma unroll 1
+                refresh();
+                Norm norm[CHUNKS];
+                Four error[CHUNKS];
+#pragma unroll
                 for (int c = 0; c < CHUNKS; c++) {
-                    second_order(both(c, c), c);
-                    if (c % 2 == rank) write_d_xq(both(CHUNKS + c / 2, CHUNKS + c / 2), c);
+                    const int row = CHUNK * c + at.token;
+                    norm[c] = norm_of(n, row), error[c] = inner_error(norm[c], n, row);
                 }
+                cluster_sync();
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) second_order(both(c, c), c, norm[c], error[c]);
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c += 2)
+                    if (c + rank < CHUNKS) write_d_xq(both(CHUNKS + c / 2, CHUNKS + c / 2), c + rank);
                 if (rank == 0 && thread < M) along += s.sent_along[thread], d_lr_read += s.sent_lr[thread];
             }
             share_b2();
@@ -781,16 +734,18 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
             if (rank == 0 && thread < M) {
                 along += s.along_b2[thread];
                 d_eta_last -= lr_n[thread] * along;
-                d_lr[(int64_t(n) * M + thread) * a.heads] = from_float<T>(d_lr_read - eta_last * along);
+                s.base.d_lr[(int64_t(n) * M + thread) * a.heads] = from_float<T>(d_lr_read - eta_last * along);
             }
 
+            refresh();
             // First: d_z1 and d_xk.
             float step_b1[2 * FT] = {};
             {
-                const First<D> w1_t = first_t_of(n - begin);
-                const Second<D> w2_t = second_t_of(n - begin);
+                const auto w1_t = first_t_of(n - begin);
+                const auto w2_t = second_t_of(n - begin);
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
+                    if (CHUNKS > 1) refresh();
                     if (CHUNKS > 1) pin(d_w1);
                     const float step[2] = {scale * lr_n[CHUNK * c + g], scale * lr_n[CHUNK * c + g + 8]};
                     float part[D / 8][4] = {}, d_z1[FT][4] = {};
@@ -804,7 +759,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
                     for (int k = 0; k < FT; k++)
                         for (int h = 0; h < 2; h++) {
                             const float2 y = unpack<fp16>(slope.x[k][h]), u = unpack<T>(known.x[k][h]);
-                            d_z1[k][2 * h] = d_z1[k][2 * h] * y.x + u.x, d_z1[k][2 * h + 1] = d_z1[k][2 * h + 1] * y.y + u.y;
+                            d_z1[k][2 * h] = d_z1[k][2 * h] * y.x + u.x,
+                                        d_z1[k][2 * h + 1] = d_z1[k][2 * h + 1] * y.y + u.y;
                         }
                     add_columns(step_b1, d_z1);
                     const Columns d_z1_r = round_columns<T>(d_z1);
@@ -814,42 +770,46 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
 #pragma unroll 1
                         for (int i = c; i < CHUNKS; i++) {
                             const int number = i * (i + 1) / 2 + c;
-                            Words p = reinterpret_cast<const Words*>(work_attn + number * S::WARPS * 128)[lane];
+                            Words p = work_attn(number);
                             transpose_a(p.x);
                             times_rows<T, D>(part, p.x, xq_tile, CHUNK * i, lane);
                         }
                     }
-                    const Four sum = sum_warps(part);
+                    if (AHEAD && n > begin) arrived(n - 1);  // the sum's barrier is behind it
+                    post(part);
+                    update_second<T, D>(d_w2, transpose(kept(slot(X2, c), lane)), s.d_z2, CHUNK * c, lane);
+                    update_second<T, D>(d_w2, transpose(kept(slot(G_X2, c), lane)), g_z2_tile, CHUNK * c, lane);
+                    if (CAUSAL) update_second<T, D>(d_w2, kept(slot(X2_BAR, c), lane), d_z2_bar_tile, CHUNK * c, lane);
+                    const Four sum = take();
                     if (SPLIT == 1) write_d_xk(sum, c);
                     else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = sum;
                     else other->sent[CHUNKS + Shared::HALF + c / 2][thread] = sum;
                 }
             }
 
-            // Weights.
+            refresh();
+            // Weights of the first layer: those of the second are done.
             if (n > begin) fetch_weights(n - 1 - begin);
+            if (AHEAD && n > begin) norms(n - 1);
 #pragma unroll 1
             for (int c = 0; c < CHUNKS; c++) {
                 update_first<T, D>(d_w1, kept(slot(Z1, c), lane), xk_tile, CHUNK * c, lane);
-                update_second<T, D>(d_w2, transpose(kept(slot(X2, c), lane)), s.d_z2, CHUNK * c, lane);
-                update_second<T, D>(d_w2, transpose(kept(slot(G_X2, c), lane)), s.g_z2, CHUNK * c, lane);
-                if (CAUSAL) {
-                    update_first<T, D>(d_w1, kept(slot(D_Z1_BAR, c), lane), xq_tile, CHUNK * c, lane);
-                    update_second<T, D>(d_w2, kept(slot(X2_BAR, c), lane), s.d_z2_bar, CHUNK * c, lane);
-                }
+                if (CAUSAL) update_first<T, D>(d_w1, kept(slot(D_Z1_BAR, c), lane), xq_tile, CHUNK * c, lane);
             }
-            if (CAUSAL)
-                for (int i = 0; i < 2 * FT; i++) step_b1[i] += read_b1[i];
-            const float step = sum_columns(step_b1, lane);
+            const float step = sum_columns(step_b1, lane) + (CAUSAL ? read_b1_sum : 0.0f);
             if (owns_column(lane)) d_b1[column_of(lane)] += step;
             if (SPLIT == 2) {
                 cluster_sync();
-                for (int c = rank; c < CHUNKS; c += 2) write_d_xk(both(CHUNKS + c / 2, CHUNKS + Shared::HALF + c / 2), c);
+                for (int c = rank; c < CHUNKS; c += 2)
+                    write_d_xk(both(CHUNKS + c / 2, CHUNKS + Shared::HALF + c / 2), c);
             } else if (STAGES == 1) sync();
             if (STAGES == 1 && n > begin) fetch(n - 1, true);
         }
-        if (number > 0) save_weights<D>(work_d_w, d_w1, d_w2, thread);
-        else store_weights<D>(a.d_w1 + chain * F * D, a.d_w2 + chain * F * D, d_w1, d_w2, column, lane);
+        if (number > 0) save_weights<D>(work_d_w(), d_w1, d_w2, thread);
+        else
+            store_weights<D>(
+                a.d_w1 + chain * F * D, a.d_w2 + chain * F * D, d_w1, d_w2, rank * S::OWN + warp * SLICE, lane
+            );
     }
 
     // What is left: the first state's biases, and this chain's part of what is summed over the batch and time.
@@ -857,11 +817,12 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward
     if (thread < S::OWN) a.d_b1[chain * F + rank * S::OWN + thread] = s.d_b1[thread];
     float* last = s.partials[0];
     if (thread < M) last[thread] = d_eta_last;
+    Four d_gamma = s.d_gamma[thread], d_beta = s.d_beta[thread];
 #pragma unroll
-    for (int i = 0; i < 4; i++) d_gamma[i] = sum_tokens<D>(d_gamma[i]), d_beta[i] = sum_tokens<D>(d_beta[i]);
+    for (int i = 0; i < 4; i++) d_gamma.x[i] = sum_tokens<D>(d_gamma.x[i]), d_beta.x[i] = sum_tokens<D>(d_beta.x[i]);
     if (lane < S::LANES)
         for (int i = 0; i < 4; i++) {
-            last[M + warp * 2 * D + at.d + i] = d_gamma[i], last[M + warp * 2 * D + D + at.d + i] = d_beta[i];
+            last[M + warp * 2 * D + at.d + i] = d_gamma.x[i], last[M + warp * 2 * D + D + at.d + i] = d_beta.x[i];
             if (warp + rank == 0) a.d_b2[chain * D + at.d + i] = d_b2[i];
         }
     sync();

@@ -1,14 +1,15 @@
-// TTT-MLP forward: one block a chain (or SPLIT = 2, a cluster), the fast weights in registers as accumulators of their own updates (mlp.cuh).
+// TTT-MLP forward: one block a chain (or SPLIT = 2, a cluster), the fast weights in registers as accumulators of their
+// own updates (mlp.cuh).
 //
 // A mini-batch goes in chunks of 16 tokens. Every warp has its hidden columns of everything:
 //     1. z1 = xk w1 + b1, x2 = gelu(z1), its part of z2 = x2 w2     -> summed over warps through shared memory
 //        LayerNorm and inner gradient there, D / 4 lanes a token    -> g_z2 in shared memory
-//     2. g_x2 = g_z2 w2^T, g_z1 = g_x2 gelu'(z1), and the updates W1^T -= (eta lr g_z1)^T xk, W2^T -= (eta lr g_z2)^T x2
+//     2. g_x2 = g_z2 w2^T, g_z1 = g_x2 gelu'(z1); W1^T -= (eta lr g_z1)^T xk, W2^T -= (eta lr g_z2)^T x2
 // Causal, the read-out follows from the old weights: z1_bar = xq w1 + b1 - (eta (tril(xq xk^T) + tril(1))) g_z1, and
-// since z2_bar is linear in attn2 = x2_bar x2^T, a sum over f, every warp applies its own part of attn2 to g_z2 and only
-// z2_bar is summed. Not causal, the read-out of mini-batch n reads the weights that mini-batch n + 1 starts from, and
-// is computed beside its z2.
-// A cluster hands over what its blocks summed, z2 to both and z2_bar of every other chunk, once a mini-batch.
+// since z2_bar is linear in attn2 = x2_bar x2^T, a sum over f, every warp applies its own part of attn2 to g_z2 and
+// only z2_bar is summed. Not causal, the read-out of mini-batch n reads the weights that mini-batch n + 1 starts from,
+// and is computed beside its z2. A cluster hands over what its blocks summed, z2 to both and z2_bar of every other
+// chunk, once a mini-batch.
 //
 // Bytes: the inputs and out once; for the backward the fast weights of every `group`-th mini-batch in fp32 (8 D D + 4 D
 // floats in group M tokens), and x_hat (fp16) and rstd of both LayerNorms, 4 D + 8 bytes a token.
@@ -36,9 +37,12 @@ template <typename T, int D, int M, bool CAUSAL> struct ForwardShared {
 };
 
 template <typename T, int D, int M, bool CAUSAL>
-__global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ ForwardArguments a) {
+__global__ void TTT_CLUSTER
+__launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ ForwardArguments a) {
     using S = Sizes<D>;
     constexpr int CHUNKS = M / CHUNK, F = S::F, ROW = S::ROW;
+    constexpr int PAIR = SPLIT;  // chunks whose products overlap in time, where there are registers for it
+    static_assert(CHUNKS % PAIR == 0);
     TTT_SHARED(memory);
     using Shared = ForwardShared<T, D, M, CAUSAL>;
     auto& s = *reinterpret_cast<Shared*>(memory);
@@ -75,7 +79,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
     float next_lr = 0;  // of token `thread`, on its way to shared memory
     auto fetch = [&](int n) {
         const int stage = n & 1;
-        if (n >= LATE) load_tokens<T, D, M>(s.xq[stage], xq + int64_t(n - LATE) * M * a.xq.t, a.xq.t, a.aligned, thread);
+        const int64_t first = int64_t(n < LATE ? 0 : n - LATE) * M;
+        load_tokens<T, D, M>(s.xq[stage], xq + first * a.xq.t, a.xq.t, a.aligned, thread);
         if (n < N) {
             load_tokens<T, D, M>(s.xk[stage], xk + int64_t(n) * M * a.xk.t, a.xk.t, a.aligned, thread);
             load_tokens<T, D, M>(s.xv[stage], xv + int64_t(n) * M * a.xv.t, a.xv.t, a.aligned, thread);
@@ -84,14 +89,16 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
         copy_async_commit();
     };
     int turn = 0;  // which of the two buffers of partial sums is next
-    // The sum over warps, where the caller's token and four d are.
-    auto sum_warps = [&](const float(&part)[D / 8][4]) {
-        float* buffer = s.partials[turn];
-        turn = (turn + 1) % Shared::SUMS;
-        if (Shared::SUMS == 1) sync();  // the last sum has been read
-        store_partial<D>(buffer + warp * S::PARTIAL, part, lane);
+    // A sum over warps, where the caller's token and four d are: every warp posts its part, and behind a barrier takes.
+    auto post = [&](const float(&part)[D / 8][4]) {
+        if (Shared::SUMS == 1) sync();  // the last sum has been taken
+        store_partial<D>(s.partials[turn] + warp * S::PARTIAL, part, lane);
+    };
+    auto take = [&] {
         sync();
-        return sum_partials<D>(buffer, at);
+        const Four sum = sum_partials<D>(s.partials[turn], at);
+        turn = (turn + 1) % Shared::SUMS;
+        return sum;
     };
     auto write_out = [&](Four z2_bar, const T* tile, int n, int chunk) {
         Norm norm;
@@ -127,7 +134,8 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
         const T *xq_tile = s.xq[stage], *xk_tile = s.xk[stage], *xv_tile = s.xv[stage];
         const float* lr_n = s.lr[stage];
         if (n < N && n % a.group == 0) {
-            float* record = a.saved + ((chain * ((N + a.group - 1) / a.group) + n / a.group) * SPLIT + rank) * S::RECORD;
+            float* record =
+                a.saved + ((chain * ((N + a.group - 1) / a.group) + n / a.group) * SPLIT + rank) * S::RECORD;
             save_weights<D>(record, w1, w2, thread);
             if (thread < S::OWN) record[S::RECORD - S::OWN + thread] = s.b1[thread];
         }
@@ -170,65 +178,75 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
         {
             const First<D> w1_r = round_first<T, D>(w1);
             const Second<D> w2_r = round_second<T, D>(w2);
+            // In the first round z1_bar is of no use, in the last z1: without a branch all of them overlap in time.
 #pragma unroll 1
-            for (int c = 0; c < CHUNKS; c++) {
-                if (n < N) {
-                    float part[D / 8][4] = {};
-                    {
-                        float z1[FT][4], slope[FT][4];
+            for (int c = 0; c < CHUNKS; c += PAIR) {
+                constexpr int READS = CAUSAL ? 1 : 2, COUNT = PAIR * READS;
+                Columns x[COUNT];  // x2 and x2_bar of a chunk, then of the next
+                {
+                    float z[COUNT][FT][4], slope[PAIR][FT][4];
 #pragma unroll
-                        for (int k = 0; k < FT; k++) {
-                            Two b = *reinterpret_cast<const Two*>(b1 + 8 * k + 2 * t);
-                            z1[k][0] = z1[k][2] = b.x[0], z1[k][1] = z1[k][3] = b.x[1];
-                        }
-                        times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
+                    for (int k = 0; k < COUNT; k++) {
+                        start_columns(z[k], b1, t);
+                        const T* tile = k % READS ? xq_tile : xk_tile;
+                        times_first<T, D>(z[k], tile, CHUNK * (c + k / READS), w1_r, lane);
+                    }
+#pragma unroll
+                    for (int k = 0; k < COUNT; k++) {
 #pragma unroll
                         for (int e = 0; e < 4 * FT; e++) {
-                            Gelu y = gelu_first(z1[e / 4][e % 4]);
-                            z1[e / 4][e % 4] = y.value, slope[e / 4][e % 4] = y.first;
+                            float& y = z[k][e / 4][e % 4];
+                            if (k % READS) y *= gelu_sigmoid(y);
+                            else {
+                                const Gelu both = gelu_first(y);
+                                y = both.value, slope[k / READS][e / 4][e % 4] = both.first;
+                            }
                         }
-                        const Columns x2 = round_columns<T>(z1);
-                        keep(s.x2[c][warp], x2, lane);
-                        keep(s.slope[c][warp], round_columns<fp16>(slope), lane);
-                        times_second<T, D>(part, x2, w2_r);
+                        x[k] = round_columns<T>(z[k]);
                     }
-                    const Four z2 = sum_warps(part);
-                    if (SPLIT == 1) inner_gradient(z2, c);
-                    else {
-                        s.mine[c][thread] = z2;
-                        other->sent[n & 1][c][thread] = z2;
+#pragma unroll
+                    for (int k = 0; k < PAIR; k++) {
+                        keep(s.x2[c + k][warp], x[k * READS], lane);
+                        keep(s.slope[c + k][warp], round_columns<fp16>(slope[k]), lane);
                     }
                 }
-                if (!CAUSAL && n > 0) {
-                    float part[D / 8][4] = {}, z1_bar[FT][4];
+                float part[D / 8][4] = {};
+                times_second<T, D>(part, x[0], w2_r);
 #pragma unroll
-                    for (int k = 0; k < FT; k++) {
-                        Two b = *reinterpret_cast<const Two*>(b1 + 8 * k + 2 * t);
-                        z1_bar[k][0] = z1_bar[k][2] = b.x[0], z1_bar[k][1] = z1_bar[k][3] = b.x[1];
+                for (int k = 0; k < COUNT; k++) {
+                    const int chunk = c + k / READS;
+                    post(part);
+                    if (k + 1 < COUNT) {
+                        for (int e = 0; e < D / 2; e++) part[e / 4][e % 4] = 0;
+                        times_second<T, D>(part, x[k + 1], w2_r);
                     }
-                    times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
-#pragma unroll
-                    for (int e = 0; e < 4 * FT; e++) {
-                        float& z = z1_bar[e / 4][e % 4];
-                        z *= gelu_sigmoid(z);
-                    }
-                    times_second<T, D>(part, round_columns<T>(z1_bar), w2_r);
-                    read(sum_warps(part), xq_tile, n - 1, c);
+                    const Four sum = take();
+                    if (k % READS) {
+                        if (n > 0) read(sum, xq_tile, n - 1, chunk);
+                    } else if (SPLIT == 2) {
+                        s.mine[chunk][thread] = sum;
+                        other->sent[n & 1][chunk][thread] = sum;
+                    } else if (n < N) inner_gradient(sum, chunk);
                 }
             }
         }
         if (SPLIT == 2) {
             cluster_sync();
-#pragma unroll 1
-            for (int c = 0; c < CHUNKS; c++) {
-                if (n < N) inner_gradient(both(c), c);
-                if (!CAUSAL && n > 0 && c % 2 == rank) write_out(both(CHUNKS + c / 2), xq_tile, n - 1, c);
+            if (n < N) {
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) inner_gradient(both(c), c);
+            }
+            if (!CAUSAL && n > 0) {
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c += 2)
+                    if (c + rank < CHUNKS) write_out(both(CHUNKS + c / 2), xq_tile, n - 1, c + rank);
             }
         }
         if (n == N) break;
 #pragma unroll
         for (int i = 0; i < 4; i++) step_b2[i] = sum_tokens<D>(step_b2[i]);
-        if (lane < S::LANES) *reinterpret_cast<Four*>(&s.b2_part[warp][at.d]) = {step_b2[0], step_b2[1], step_b2[2], step_b2[3]};
+        if (lane < S::LANES)
+            *reinterpret_cast<Four*>(&s.b2_part[warp][at.d]) = {step_b2[0], step_b2[1], step_b2[2], step_b2[3]};
         sync();
 
         // 2. g_z1; causal, the read-out; the updates.
@@ -236,26 +254,34 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
         {
             const Second<D> w2_t = transpose(round_second<T, D>(w2));
 #pragma unroll 1
-            for (int c = 0; c < CHUNKS; c++) {
-                float g_z1[FT][4] = {};
-                times_second_t<T, D>(g_z1, s.g_z2, CHUNK * c, w2_t, lane);
-                const Columns slope = kept(s.slope[c][warp], lane);
-                const float step[2] = {-eta_last * lr_n[CHUNK * c + g], -eta_last * lr_n[CHUNK * c + g + 8]};
+            for (int c = 0; c < CHUNKS; c += PAIR) {
+                float g_z1[PAIR][FT][4] = {};
+                Columns slope[PAIR], x2[PAIR];
 #pragma unroll
-                for (int k = 0; k < FT; k++)
+                for (int p = 0; p < PAIR; p++) {
+                    times_second_t<T, D>(g_z1[p], s.g_z2, CHUNK * (c + p), w2_t, lane);
+                    slope[p] = kept(s.slope[c + p][warp], lane), x2[p] = kept(s.x2[c + p][warp], lane);
+                }
 #pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        float2 y = unpack<fp16>(slope.x[k][h]);
-                        float &lo = g_z1[k][2 * h], &hi = g_z1[k][2 * h + 1];
-                        lo *= y.x, hi *= y.y;
-                        step_b1[2 * k] += step[h] * lo, step_b1[2 * k + 1] += step[h] * hi;
+                for (int p = 0; p < PAIR; p++) {
+                    const int row = CHUNK * (c + p) + g;
+                    const float step[2] = {-eta_last * lr_n[row], -eta_last * lr_n[row + 8]};
+#pragma unroll
+                    for (int k = 0; k < FT; k++)
+#pragma unroll
+                        for (int h = 0; h < 2; h++) {
+                            float2 y = unpack<fp16>(slope[p].x[k][h]);
+                            float &lo = g_z1[p][k][2 * h], &hi = g_z1[p][k][2 * h + 1];
+                            lo *= y.x, hi *= y.y;
+                            step_b1[2 * k] += step[h] * lo, step_b1[2 * k + 1] += step[h] * hi;
+                            if (!CAUSAL) lo *= step[h], hi *= step[h];
+                        }
+                    const Columns g_z1_t = transpose(round_columns<T>(g_z1[p]));
+                    if (CAUSAL) keep(s.slope[c + p][warp], g_z1_t, lane);
+                    else {
+                        update_first<T, D>(w1, g_z1_t, xk_tile, CHUNK * (c + p), lane);
+                        update_second<T, D>(w2, transpose(x2[p]), s.step_z2, CHUNK * (c + p), lane);
                     }
-                if (CAUSAL) keep(s.slope[c][warp], transpose(round_columns<T>(g_z1)), lane);
-                else {
-#pragma unroll
-                    for (int e = 0; e < 4 * FT; e++) g_z1[e / 4][e % 4] *= step[e / 2 % 2];
-                    update_first<T, D>(w1, transpose(round_columns<T>(g_z1)), xk_tile, CHUNK * c, lane);
-                    update_second<T, D>(w2, transpose(kept(s.x2[c][warp], lane)), s.step_z2, CHUNK * c, lane);
                 }
             }
         }
@@ -266,11 +292,7 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
 #pragma unroll 1
                 for (int c = 0; c < CHUNKS; c++) {
                     float z1_bar[FT][4];
-#pragma unroll
-                    for (int k = 0; k < FT; k++) {
-                        Two b = *reinterpret_cast<const Two*>(b1 + 8 * k + 2 * t);
-                        z1_bar[k][0] = z1_bar[k][2] = b.x[0], z1_bar[k][1] = z1_bar[k][3] = b.x[1];
-                    }
+                    start_columns(z1_bar, b1, t);
                     times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
 #pragma unroll 1
                     for (int j = 0; j <= c; j++) {
@@ -293,13 +315,15 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
                         for (int e = 0; e < 8; e++) {
                             int row = CHUNK * c + g + e / 2 % 2 * 8, col = CHUNK * j + e / 4 * 8 + 2 * t + e % 2;
                             float& x = p[e / 4][e % 4];
-                            x = row >= col ? -s.token_eta[row] * lr_n[col] * (x + (warp + rank == 0 ? 1.0f : 0.0f)) : 0.0f;
+                            x = row >= col ? -s.token_eta[row] * lr_n[col] * (x + (warp + rank == 0 ? 1.0f : 0.0f))
+                                           : 0.0f;
                         }
                         uint32_t packed[4];
                         round_scores<T>(packed, p);
                         times_rows<T, D>(part, packed, s.g_z2, CHUNK * j, lane);
                     }
-                    read(sum_warps(part), xq_tile, n, c);
+                    post(part);
+                    read(take(), xq_tile, n, c);
                 }
             }
             if (SPLIT == 2) {
@@ -336,7 +360,9 @@ __global__ void TTT_CLUSTER __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(
     }
 
     sync();  // b1 is there
-    store_weights<D>(a.final_w1 + chain * F * D, a.final_w2 + chain * F * D, w1, w2, rank * S::OWN + warp * SLICE, lane);
+    store_weights<D>(
+        a.final_w1 + chain * F * D, a.final_w2 + chain * F * D, w1, w2, rank * S::OWN + warp * SLICE, lane
+    );
     if (thread < S::OWN) a.final_b1[chain * F + rank * S::OWN + thread] = s.b1[thread];
     if (thread < S::LANES && rank == 0)
         for (int i = 0; i < 4; i++) a.final_b2[chain * D + at.d + i] = b2[i];

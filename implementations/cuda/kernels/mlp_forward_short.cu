@@ -20,7 +20,7 @@ template <typename T, int D, bool CAUSAL> struct ShortShared {
     T g_z2[TILE];
     T step_z2[TILE];  // -eta_last lr g_z2
     float partials[2][S::WARPS * S::PARTIAL];                                 // of z2 and of z2_bar
-    Four sent[SPLIT == 1 ? 1 : 2][2][SPLIT == 1 ? 1 : S::THREADS];            // by the other block of a cluster, in turns
+    Four sent[SPLIT == 1 ? 1 : 2][2][SPLIT == 1 ? 1 : S::THREADS];  // by the other block of a cluster, in turns
     float lr[3][CHUNK], token_eta[CHUNK], b1[S::OWN], b2_part[2][S::WARPS][D];
 };
 
@@ -70,18 +70,11 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
         if (n >= LATE && n < N + LATE)
             load_tokens<T, D, M>(s.xq[stage], xq + int64_t(n - LATE) * M * a.xq.t, a.xq.t, a.aligned, thread);
         if (n < N) {
-            load_tokens<T, D, M>(s.xk[stage], xk + int64_t(n) * M * a.xk.t, a.xk.t, a.aligned, thread);
-            load_tokens<T, D, M>(s.xv[stage], xv + int64_t(n) * M * a.xv.t, a.xv.t, a.aligned, thread);
+            const T *from_xk = xk + int64_t(n) * M * a.xk.t, *from_xv = xv + int64_t(n) * M * a.xv.t;
+            load_two<T, D>(s.xk[stage], from_xk, a.xk.t, s.xv[stage], from_xv, a.xv.t, a.aligned, thread);
             if (thread < M) next_lr = to_float(lr[(int64_t(n) * M + thread) * a.lr.t]);
         }
         copy_async_commit();
-    };
-    auto start = [&](float(&z)[FT][4]) {
-#pragma unroll
-        for (int k = 0; k < FT; k++) {
-            Two b = *reinterpret_cast<const Two*>(b1 + 8 * k + 2 * t);
-            z[k][0] = z[k][2] = b.x[0], z[k][1] = z[k][3] = b.x[1];
-        }
     };
     auto gelu_columns = [&](float(&z)[FT][4]) {
 #pragma unroll
@@ -112,10 +105,10 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
             const Second<D> w2_r = round_second<T, D>(w2);
             if (n < N) {
                 float z1[FT][4], part[D / 8][4] = {}, first[FT][4];
-                start(z1);
+                start_columns(z1, b1, t);
                 times_first<T, D>(z1, xk_tile, 0, w1_r, lane);
                 if (CAUSAL) {
-                    start(q1);
+                    start_columns(q1, b1, t);
                     times_first<T, D>(q1, xq_tile, 0, w1_r, lane);
                 }
 #pragma unroll
@@ -130,7 +123,7 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
             }
             if (!CAUSAL && n > 0) {
                 float z1_bar[FT][4], part[D / 8][4] = {};
-                start(z1_bar);
+                start_columns(z1_bar, b1, t);
                 times_first<T, D>(z1_bar, xq_tile, 0, w1_r, lane);
                 times_second<T, D>(part, gelu_columns(z1_bar), w2_r);
                 store_partial<D>(s.partials[1] + warp * S::PARTIAL, part, lane);
@@ -159,7 +152,8 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
         if (n < N) {
             for (int i = 0; i < 4; i++) z2.x[i] += b2[i];
             const Norm norm = normalise<D>(z2, eps);
-            const Four k = load_four(xk_tile + at.token * ROW + at.d), v = load_four(s.xv[stage] + at.token * ROW + at.d);
+            const Four k = load_four(xk_tile + at.token * ROW + at.d),
+                       v = load_four(s.xv[stage] + at.token * ROW + at.d);
             Four p;
             for (int i = 0; i < 4; i++) p.x[i] = gamma[i] * (gamma[i] * norm.x_hat[i] + beta[i] - (v.x[i] - k.x[i]));
             Four g_z2 = project<D>(p, norm);
@@ -216,7 +210,8 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
             float attn2[2][4] = {};
             scores<T>(attn2, x2_bar, x2);
 #pragma unroll
-            for (int e = 0; e < 8; e++) attn2[e / 4][e % 4] = eta[e] * (attn2[e / 4][e % 4] + (warp + rank == 0 ? 1.0f : 0.0f));
+            for (int e = 0; e < 8; e++)
+                attn2[e / 4][e % 4] = eta[e] * (attn2[e / 4][e % 4] + (warp + rank == 0 ? 1.0f : 0.0f));
             round_scores<T>(read, attn2);
             times_rows<T, D>(part, read, s.g_z2, 0, lane);
             store_partial<D>(s.partials[1] + warp * S::PARTIAL, part, lane);
