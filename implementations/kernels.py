@@ -14,6 +14,7 @@ from typing import Any
 from spec.problem import InnerModel
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+_SM_80_SHARED_BYTES = 163 * 1024  # of a block; sm_90 and sm_100 have 227 KB
 ArgumentTypes = str | tuple["ArgumentTypes", ...]
 
 
@@ -111,3 +112,8 @@ Kernel = TritonKernel | CudaKernel
 def once(kernels: Iterable[TritonKernel]) -> Iterator[TritonKernel]:
     """Each setting of a kernel once: passes and problems share some."""
     yield from {(kernel.name, kernel.variant): kernel for kernel in kernels}.values()
+
+
+def architectures_with(shared_bytes: int) -> tuple[str, ...]:
+    """Those of `ARCHITECTURES` where a block may have so much shared memory."""
+    return ARCHITECTURES if shared_bytes <= _SM_80_SHARED_BYTES else ARCHITECTURES[1:]

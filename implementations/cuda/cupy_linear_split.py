@@ -35,13 +35,12 @@ from implementations.cuda.linear_split_limits import (
     threads,
 )
 from implementations.cuda.module import launch
-from implementations.kernels import ARCHITECTURES, CudaKernel
+from implementations.kernels import CudaKernel, architectures_with
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
 
 GROUP_TOKENS = 1024  # between two saved states
 _KERNELS = Path(__file__).with_name("kernels")
-_SM_80_SHARED_BYTES = 163 * 1024  # of a block; from sm_90 on it is `linear_split_limits.SHARED_BYTES`
 # Declared spills of the backward by (D, M), in bytes a thread, of the worst of sm_80, sm_90 and sm_100. At D = 96 nine
 # warps have 168 registers a thread, and a third team of readers is worth more than the 255 that eight would have; at
 # M = 64 the four tiles of a mini-batch are in registers at once, and only a dozen numbers are not.
@@ -207,7 +206,7 @@ def _kernel(
         threads=count,
         options=(f"-DTTT_SHARED_BYTES={shared_bytes}", f"-DTTT_THREADS={count}", *options),
         dynamic_shared_bytes=shared_bytes,
-        architectures=ARCHITECTURES if shared_bytes <= _SM_80_SHARED_BYTES else ARCHITECTURES[1:],
+        architectures=architectures_with(shared_bytes),
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, view
 from implementations.cuda.mlp_registers_limits import limit
 from implementations.cuda.module import launch
-from implementations.kernels import ARCHITECTURES, CudaKernel
+from implementations.kernels import ARCHITECTURES, CudaKernel, architectures_with
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs
 
@@ -257,16 +257,17 @@ _SPILLS = {
 
 def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
     d, m, causal = problem.head_dim, problem.mini_batch, str(problem.causal).lower()
+    shared = -(-shared // 16) * 16
     return CudaKernel(
         source=KERNELS / f"{name}.cu",
         expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {d}, {m}, {causal}>",
         inner_model="mlp",
         threads=4 * d,
         options=(f"-DTTT_SPLIT={split}",),
-        dynamic_shared_bytes=-(-shared // 16) * 16,
+        dynamic_shared_bytes=shared,
         declared_spill_bytes=_SPILLS[name, m > 16] if split == 1 else 0,
         cluster=split,
-        architectures=ARCHITECTURES if split == 1 else ARCHITECTURES[1:],
+        architectures=architectures_with(shared) if split == 1 else ARCHITECTURES[1:],
     )
 
 
