@@ -16,4 +16,6 @@ def limit(problem: Problem) -> str | None:
         return f"head_dim: expected 16, 32 or 64 for a state in registers, got {problem.head_dim}: use cuda.cupy_plain"
     if problem.mini_batch not in MINI_BATCHES:
         return f"mini_batch: expected 16, 32 or 64, got {problem.mini_batch}: use cuda.cupy_plain"
+    if problem.dtype == "fp16" and not problem.causal:
+        return "dtype: in fp16 the steps are subnormal, and d_token_eta is not exact enough: use cuda.cupy_plain"
     return None
