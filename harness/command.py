@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,7 @@ from implementations.registry import Device, select, unknown
 from spec.problem import PASSES
 
 console = Console(stderr=False)
+_CHECKING = 0.4  # of the seconds that a sweep may take: for what has not been checked yet
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,21 +100,32 @@ def _sweep(options: argparse.Namespace) -> int:
         rows = sweep.of_cells(_load(path, SweepRow), cells, settings.stamp.device)
         console.print(summary.sweep_status(rows, left, len(protocol.caches)))
         return 0
-    unchecked = sweep.unchecked(left, checked, settings)
-    groups = parity.with_yardstick(unchecked)
+    groups = parity.with_yardstick(sweep.unchecked(left, checked, settings))
+    started = time.monotonic()
+
+    def late(share: float) -> bool:
+        return options.seconds is not None and time.monotonic() - started > share * options.seconds
+
     with _progress() as bar, tempfile.TemporaryDirectory(prefix="ttt-lab-compiled-") as compiled:
         settings = replace(settings, compiled=settings.compiled or Path(compiled))
         task = bar.add_task("parity", total=sum(map(len, groups)))
         for cell, found in parity.run(groups, settings):
             records.append(checked_path, found)
             bar.update(task, advance=1, description=f"parity {cell.case.name} {cell.problem.dtype}")
+            if late(_CHECKING):
+                break
         checked = _load(checked_path, ParityRow)
+        if options.seconds is not None:  # what was not reached is left for the next call
+            behind = sweep.unchecked(left, checked, settings)
+            left = [cell for cell in left if cell not in behind]
         task = bar.add_task("sweep", total=to_do)
         protocol = replace(protocol, ceilings=_ceilings(folder, left, settings))
         for row, samples in sweep.run(left, latest(checked), protocol, settings):
             records.append(folder / "samples.csv", samples)
             records.append(path, [row])
             bar.update(task, advance=1, description=f"{row.implementation} {row.case} {row.pass_}")
+            if late(1.0):
+                break
     _finish(checked_path, ParityRow)
     _finish(path, SweepRow)
     records.pack_samples(folder)
@@ -212,7 +225,7 @@ def _open(options: argparse.Namespace) -> tuple[Path, Settings]:
     folder = records.results_folder(options.results or default)
     for name, kind in (("parity.csv", ParityRow), ("sweep.csv", SweepRow)):
         _load(folder / name, kind)  # refuses what could not be added to, before any work
-    arguments = {name: value for name, value in vars(options).items() if name not in ("command", "results")}
+    arguments = {name: value for name, value in vars(options).items() if name not in ("command", "results", "compiled")}
     environment.save(folder, stamp, {"command": options.command.__name__.strip("_")} | arguments)
     return folder, Settings(stamp, options.seed, options.jobs or Settings.jobs, options.timeout, options.compiled)
 
@@ -286,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--grid", default="default", metavar="NAME|FILE.toml", help="default, gpu or a file")
     command.add_argument("--passes", type=_names, metavar="A,B", help=",".join(PASSES))
     command.add_argument("--baseline", default="torch.eager", metavar="KEY", help="what speed-ups are relative to")
+    command.add_argument("--seconds", type=float, metavar="S", help="stop after about so long; the next call goes on")
     command.add_argument("--processes", type=int, metavar="N", help="for each implementation; default: 2 on a GPU")
     command.add_argument("--caches", type=_names, metavar="A,B", help="cold,warm; default: both on a GPU")
     start = command.add_mutually_exclusive_group()

@@ -109,12 +109,13 @@ def run(
     for row in checked:
         if row.seed == settings.seed and row.fingerprint == settings.stamp.fingerprint:
             verdicts.setdefault(_cell_key(row), []).append(row)
-    groups: dict[Any, list[Cell]] = {}
+    by_problem: dict[Any, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.case.name, cell.problem), []).append(cell)
+        by_problem.setdefault((cell.case.name, cell.problem), []).append(cell)
+    groups = list(by_problem.values())
     bench = Bench(protocol, settings, worker)
     try:
-        for group, following in zip(groups.values(), [*list(groups.values())[1:], None], strict=True):
+        for group, following in itertools.zip_longest(groups, groups[1:]):
             to_measure: list[Cell] = []
             blanks: dict[tuple[str, Pass], tuple[SweepRow, float | None]] = {}
             for cell in group:

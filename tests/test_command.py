@@ -170,3 +170,15 @@ def check_sweep(rows: list[SweepRow]) -> None:
             assert 0 < row.error_ratio <= 1 and row.flops > 0 and row.timer and row.samples >= 2
             times[row.implementation, row.pass_] = row.device_ms
     assert times["ours.slow", "forward"] >= 20 and times["ours.slow", "forward_backward"] >= 20
+
+
+def test_a_sweep_that_has_no_time_for_all_times_what_it_has_checked(tmp_path):
+    arguments = ["sweep", *TINY, "--implementations", "torch.eager,torch.autograd", "--passes", "forward"]
+    arguments += ["--results", str(tmp_path)]
+    assert main([*arguments, "--seconds", "0"]) == 0
+    kept = records.load(tmp_path / "sweep.csv", SweepRow)
+    assert [(row.implementation, row.status) for row in kept] == [("torch.eager", "ok")]
+    assert main(arguments) == 0
+    rows = records.load(tmp_path / "sweep.csv", SweepRow)
+    assert {row.implementation: row.status for row in rows} == {"torch.eager": "ok", "torch.autograd": "ok"}
+    assert kept[0] in rows

@@ -14,7 +14,7 @@ from harness import jobs, rule, static
 from harness.parity import CPU_ENVIRONMENT
 from harness.worker import Failure, Worker
 from implementations.registry import Implementation, implementations
-from implementations.triton.mlp_limits import supports
+from implementations.triton.mlp_limits import gpu_limit, supports
 from spec.cases import Case
 from spec.problem import Problem
 
@@ -233,3 +233,8 @@ def test_what_the_static_report_compiles():
 def test_what_it_supports(sizes, reason):
     head_dim, tokens, mini_batch = sizes
     assert supports(Problem("mlp", 1, tokens, 1, head_dim, mini_batch)) == reason
+
+
+def test_what_faults_on_a_gpu_is_not_launched_there():
+    assert gpu_limit(Problem("mlp", 1, 64, 1, 64, 16)) is None
+    assert "above 16 it faults on an H100, got 64" in gpu_limit(Problem("mlp", 1, 64, 1, 64, 64))

@@ -57,7 +57,7 @@ from implementations.triton.mlp_blocks import (
     store_tokens,
     tokens,
 )
-from implementations.triton.mlp_limits import supports
+from implementations.triton.mlp_limits import gpu_limit, supports
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs, validate
 
@@ -486,6 +486,7 @@ def forward(inputs: MlpInputs, problem: Problem, group: int | None = None) -> tu
 
     Raises:
         ValueError: a tensor has another shape, dtype, device or layout than the kernel takes, or the problem a size.
+        NotImplementedError: the size is one of those that fault on a GPU.
     """
     validate(inputs, INPUTS, problem)
     _check(inputs, problem, {"lr"})
@@ -628,6 +629,8 @@ def _check(tensors, problem: Problem, scalars: set[str], like: Tensor | None = N
     device = tensors[0].device if like is None else like.device
     if device.type != "cuda" and not INTERPRETED.value:
         raise ValueError(f"{tensors._fields[0]}: expected a CUDA tensor, got one on {device}; move it with .cuda()")
+    if device.type == "cuda" and (reason := gpu_limit(problem)):
+        raise NotImplementedError(reason)
     for name, x in zip(tensors._fields, tensors, strict=True):
         if x.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
