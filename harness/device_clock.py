@@ -6,8 +6,12 @@ activity records, for every framework alike. Gaps between a call's kernels are i
 first and after the last is not. Without CUPTI, PyTorch is timed by CUDA events and JAX by the host's clock, and the
 `timer` of a row says so.
 
-Recording costs the host some microseconds a launch, so a call that waits for its launches takes longer while it is
-recorded. The host's time is therefore taken from calls that are not recorded, and it bounds the device's from above.
+A call of several kernels may wait for its launches, tens of microseconds each on a slow host. PyTorch's calls are
+therefore queued behind a kernel that spins, which is left out: when it ends the launches are there, and the gaps that
+are left are the device's. JAX gives nothing to put in front of a call; its launches come from C++.
+
+Recording costs the host some microseconds a launch, so a call that waits for its launches all the same takes longer
+while it is recorded. The host's time is therefore taken from calls that are not recorded, and it bounds the device's.
 
 Source: CUPTI's documentation of the activity API; cupti-python's `cupti.cupti` binds it one to one.
 """
@@ -23,9 +27,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from harness.frameworks import Framework
+from harness.frameworks import HOLDS, Framework
 
 LONG_MS = 50.0
+# A call is held back for so many times what it takes by the host, launches and all, but no longer than that.
+LEAD, MOST_LEAD_MS = 2.0, 20.0
 _BUFFER_BYTES = 8 * 2**20
 _NAME_LENGTH, _NAMES = 60, 6  # of the kernels in a row
 
@@ -51,38 +57,42 @@ class Clock(Protocol):
         """
 
 
-def open_clock(framework: Framework) -> Clock:
-    """The best clock for `framework` on its device in this process."""
+def open_clock(framework: Framework, host_ms: float = 0.0) -> Clock:
+    """The best clock for `framework` on its device in this process, for calls of about `host_ms` by the host."""
     if framework.device == "cpu":
         return HostClock(framework)
     try:
-        return CuptiClock(framework)
+        return CuptiClock(framework, host_ms)
     except (ImportError, RuntimeError, OSError):
-        return EventClock(framework) if framework.name == "torch" else HostClock(framework)
+        return _next_best(framework, host_ms)
+
+
+def _next_best(framework: Framework, host_ms: float) -> Clock:
+    return EventClock(framework, host_ms) if framework.name == "torch" else HostClock(framework)
 
 
 def clock_for(framework: Framework, call: Callable[[], Any], host_ms: float) -> tuple[Clock, Times]:
     """The best clock for `call`, and what it says of one; `host_ms` is what a call takes by the host.
 
     A call cannot take longer on the device than on the host, which waits for it. Where it seems to, recording is in
-    the way: the call waits for its launches, and the host's clock tells what it takes. It does so too for long calls:
-    what the host adds is nothing beside them, and the records of ten thousands of launches take seconds to read.
+    the way, and the next best clock tells what it takes. Long calls go by the host's clock: what the host adds is
+    nothing beside them, and the records of ten thousands of launches take seconds to read.
     """
     if framework.device == "cpu" or host_ms > LONG_MS:
         return HostClock(framework), Times([host_ms])
-    clock = open_clock(framework)
+    clock = open_clock(framework, host_ms)
     try:
         trial = clock.time([call])
     except RuntimeError:  # seen on an H100: a CUDA graph of thousands of kernels
-        clock = clock_named("cuda_events" if framework.name == "torch" else "host_sync", framework)
+        clock = _next_best(framework, host_ms)
         return clock, clock.time([call])
-    return (HostClock(framework) if trial.ms[0] >= host_ms else clock), trial
+    return (_next_best(framework, host_ms) if trial.ms[0] >= host_ms else clock), trial
 
 
-def clock_named(name: str, framework: Framework) -> Clock:
-    """The clock whose `timer` is `name`."""
-    kinds: tuple[Callable[[Framework], Clock], ...] = (CuptiClock, EventClock, HostClock)
-    return next(kind for kind in kinds if kind.name == name)(framework)  # type: ignore[attr-defined]
+def clock_named(name: str, framework: Framework, host_ms: float = 0.0) -> Clock:
+    """The clock whose `timer` is `name`, for calls of about `host_ms` by the host."""
+    kinds: tuple[Callable[[Framework, float], Clock], ...] = (CuptiClock, EventClock, HostClock)
+    return next(kind for kind in kinds if kind.name == name)(framework, host_ms)  # type: ignore[attr-defined]
 
 
 class HostClock:
@@ -90,7 +100,7 @@ class HostClock:
 
     name = "host_sync"
 
-    def __init__(self, framework: Framework):
+    def __init__(self, framework: Framework, host_ms: float = 0.0):
         self._framework = framework
 
     def time(self, calls: Sequence[Callable[[], Any]]) -> Times:
@@ -108,16 +118,17 @@ class EventClock:
 
     name = "cuda_events"
 
-    def __init__(self, framework: Framework):
+    def __init__(self, framework: Framework, host_ms: float = 0.0):
         import torch
 
-        self._framework, self._torch = framework, torch
+        self._framework, self._torch, self._lead_s = framework, torch, _lead_s(host_ms)
 
     def time(self, calls: Sequence[Callable[[], Any]]) -> Times:
         """See `Clock`."""
         times = []
         for call in calls:
             before, after = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+            _hold(self._framework, self._lead_s)
             before.record()
             result = call()
             after.record()
@@ -145,8 +156,8 @@ class CuptiClock:
 
     name = "cupti"
 
-    def __init__(self, framework: Framework):
-        self._framework, self._recorder = framework, _recorder()
+    def __init__(self, framework: Framework, host_ms: float = 0.0):
+        self._framework, self._recorder, self._lead_s = framework, _recorder(), _lead_s(host_ms)
         try:
             (touched,) = self._recorder.operations([framework.touch])
         except Exception as error:  # CUPTI's own, without a common class in every version
@@ -156,14 +167,25 @@ class CuptiClock:
 
     def time(self, calls: Sequence[Callable[[], Any]]) -> Times:
         """See `Clock`."""
-        of_calls = self._recorder.operations([functools.partial(self._wait_for, call) for call in calls])
+        recorded = self._recorder.operations([functools.partial(self._wait_for, call) for call in calls])
+        of_calls = [[op for op in ops if HOLDS not in op.name] for ops in recorded] if self._lead_s else recorded
         if not all(of_calls):
             raise RuntimeError("a call ran nothing on the device")
         spans = [(max(op.end for op in ops) - min(op.start for op in ops)) / 1e6 for ops in of_calls]
         return Times(spans, len(of_calls[-1]), _names(of_calls[-1]))
 
     def _wait_for(self, call: Callable[[], Any]) -> None:
+        _hold(self._framework, self._lead_s)
         self._framework.synchronize(call())
+
+
+def _lead_s(host_ms: float) -> float:
+    return min(LEAD * host_ms, MOST_LEAD_MS) / 1e3
+
+
+def _hold(framework: Framework, seconds: float) -> None:
+    if seconds:
+        framework.hold(seconds)
 
 
 class _Recorder:

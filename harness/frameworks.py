@@ -59,6 +59,12 @@ class Framework(Protocol):
     def touch(self) -> None:
         """Run something small on the device and wait for it."""
 
+    def hold(self, seconds: float) -> None:
+        """Keep the device busy for about so long before what is launched next, by a kernel named `HOLDS`."""
+
+
+HOLDS = "spin_kernel"  # what `torch.cuda._sleep` launches
+
 
 def open_framework(name: str, device: Device) -> Framework:
     """The framework `name` on `device`.
@@ -159,6 +165,9 @@ class _Torch:
     def touch(self) -> None:
         self.synchronize(self.torch.ones(1, device=self.device) + 1)
 
+    def hold(self, seconds: float) -> None:
+        self.torch.cuda._sleep(int(seconds * 2e9))  # cycles, at about the highest clock
+
 
 class _Jax:
     name = "jax"
@@ -211,6 +220,9 @@ class _Jax:
 
     def touch(self) -> None:
         self.synchronize(self.jax.device_put(np.ones(1), self.place) + 1)
+
+    def hold(self, seconds: float) -> None:
+        """JAX's stream is its own: nothing can be put in front of a call there."""
 
 
 _BF16 = NUMPY_DTYPE["bf16"]

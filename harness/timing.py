@@ -123,7 +123,7 @@ class Stand:
         self._is_slow, self._is_large = seconds > SLOW_SECONDS, (peak or 0) > LARGE_BYTES
         trial = Times([seconds * 1e3])
         if timer:
-            self._clock = clock_named(timer, framework)
+            self._clock = clock_named(timer, framework, seconds * 1e3)
         else:
             self._clock, trial = clock_for(framework, self._calls[0], seconds * 1e3)
         if peak is not None and before is not None and self._empty_bytes is not None:

@@ -75,6 +75,9 @@ class FakeFramework:
     def touch(self):
         self.cupti.launch(10, 10)
 
+    def hold(self, seconds):
+        self.cupti.launch(10, int(seconds * 1e9), "_ZN2at4cuda12_GLOBAL__N_111spin_kernelEl")
+
 
 @pytest.fixture
 def cupti(monkeypatch):
@@ -220,6 +223,15 @@ def test_recording_that_is_in_the_way_gives_way_to_the_hosts_clock(cupti):
     assert (clock.name, trial.ms, trial.kernels) == ("host_sync", [2.0], "1 x kernel")
     clock, trial = device_clock.clock_for(framework, lambda: time.sleep(0.01), host_ms=10.0)  # nothing CUPTI can see
     assert clock.name == "host_sync" and trial.ms[0] >= 10 and trial.launches is None
+
+
+def test_a_call_is_held_back_until_its_launches_are_there_and_the_wait_is_no_part_of_it(cupti):
+    clock, trial = device_clock.clock_for(FakeFramework(cupti), lambda: cupti.launch(1000, 2_000_000), host_ms=2.5)
+    assert (trial.ms, trial.launches, trial.kernels) == ([2.0], 1, "1 x kernel")
+    before = cupti.now
+    assert clock.time([lambda: cupti.launch(1000, 1_000_000)]).ms == [1.0]
+    assert cupti.now - before >= device_clock.LEAD * 2_500_000  # nanoseconds: the host's time of a call, and more
+    assert device_clock._lead_s(1000.0) == device_clock.MOST_LEAD_MS / 1e3
 
 
 def test_every_process_takes_the_clock_of_the_first(cupti):
