@@ -3,7 +3,7 @@
 `split_linear` wherever products run on tensor cores: on one H100 its recurrence takes 1.0 to 1.3 us a mini-batch of
 lm-1.3b where the loop of `ttt_linear`, which does all the work, takes 2.7 forward and 7.7 backward. In IEEE fp32 the
 products themselves take the time, and one kernel is faster (38 against 53 ms forward + backward). Times of whole calls
-are in results/h100/sweep.csv; those of kernels in other settings, from which the settings of `split_linear` were
+are in results/h100/ladder.csv; those of kernels in other settings, from which the settings of `split_linear` were
 chosen, in results/h100/triton_linear_kernels.csv.
 
 The names of the kernels say which variant ran, those of `split_linear` begin with `split_`; a sweep's row lists them.
