@@ -11,12 +11,10 @@ The names of the kernels say which variant ran, those of `split_linear` begin wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from implementations.kernels import TritonKernel
 from implementations.triton import split_linear, ttt_linear
 from implementations.triton.limits import split_limit
 from spec.problem import Problem
@@ -56,9 +54,3 @@ def saved_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
 def residuals(inputs: LinearInputs, saved: list[Tensor], problem: Problem) -> Any:
     """What `forward` saved, as `backward` takes it."""
     return page(problem).residuals(inputs, saved, problem)
-
-
-def static_kernels() -> Iterator[TritonKernel]:
-    """Those of every page it may choose."""
-    yield from split_linear.static_kernels()
-    yield from ttt_linear.static_kernels()

@@ -1,13 +1,11 @@
-"""`triton.best` for TTT-MLP: which variant solves a problem fastest."""
+"""`triton.best` for TTT-MLP: which variant solves a problem."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from implementations.kernels import TritonKernel
 from implementations.triton import ttt_mlp, ttt_mlp_offchain
 from implementations.triton.mlp_limits import offchain_limit
 from spec.problem import Problem
@@ -37,9 +35,3 @@ def saved_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
 def residuals(inputs: MlpInputs, saved: list[Tensor], problem: Problem) -> Any:
     """What `forward` saved, as `backward` takes it."""
     return page(problem).residuals(inputs, saved, problem)
-
-
-def static_kernels() -> Iterator[TritonKernel]:
-    """Those of every page it may choose."""
-    yield from ttt_mlp.static_kernels()
-    yield from ttt_mlp_offchain.static_kernels()
