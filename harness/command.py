@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; see `--help`."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if getattr(options, "verbose", False):
+        logging.getLogger("harness").setLevel(logging.DEBUG)
     try:
         return options.command(options)
     except KeyboardInterrupt:
@@ -225,7 +227,8 @@ def _open(options: argparse.Namespace) -> tuple[Path, Settings]:
     folder = records.results_folder(options.results or default)
     for name, kind in (("parity.csv", ParityRow), ("sweep.csv", SweepRow)):
         _load(folder / name, kind)  # refuses what could not be added to, before any work
-    arguments = {name: value for name, value in vars(options).items() if name not in ("command", "results", "compiled")}
+    left_out = "command", "results", "compiled", "verbose"
+    arguments = {name: value for name, value in vars(options).items() if name not in left_out}
     environment.save(folder, stamp, {"command": options.command.__name__.strip("_")} | arguments)
     return folder, Settings(stamp, options.seed, options.jobs or Settings.jobs, options.timeout, options.compiled)
 
@@ -290,6 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--git-sha", metavar="SHA", help="the commit, where the tree is a copy without .git")
     common.add_argument("--compiled", type=Path, metavar="DIR", help="for what compilers make; default: none is kept")
     common.add_argument("--timeout", type=float, default=Settings.timeout, help="seconds for one call")
+    common.add_argument("--verbose", action="store_true", help="say where the time of the run goes")
 
     command = commands.add_parser("parity", parents=[common], help="hold implementations to the float64 oracle")
     command.add_argument("--grid", default="parity", metavar="NAME|FILE.toml")

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 import queue
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,7 +31,8 @@ from harness.rows import ParityRow
 from harness.worker import Failure, Worker
 from implementations.registry import Implementation, implementations
 from spec.cost import affordable_form, working_bytes
-from spec.problem import Problem
+
+logger = logging.getLogger(__name__)
 
 # On a CPU the checks are tiny and compiling is most of the work: one thread each, and of XLA's ways the quick ones.
 # Kernels for a GPU run there in their language's simulator or interpreter.
@@ -137,23 +140,27 @@ class _Runner:
 
     def _compute(self, worker: Worker, cell: Cell, folder: Path) -> Failure | None:
         arguments = cell.case, cell.problem, self.settings.seed, self.settings.stamp.device, folder
-        return self._call(worker, cell.problem, jobs.save_truth, *arguments)
+        return self._call(worker, cell, jobs.save_truth, *arguments)
 
     def _check(self, worker: Worker, cell: Cell, folder: Path, truth: Future) -> list[TensorCheck] | Failure:
         if isinstance(failure := truth.result(), Failure):
             return Failure("error", f"the oracle failed: {failure.status}: {failure.reason}")
         arguments = cell.case, cell.problem, self.settings.stamp.device, folder
-        return self._call(worker, cell.problem, jobs.check, cell.entry, *arguments)
+        return self._call(worker, cell, jobs.check, cell.entry, *arguments)
 
-    def _call(self, worker: Worker, problem: Problem, function: Any, *arguments: Any) -> Any:
+    def _call(self, worker: Worker, cell: Cell, function: Any, *arguments: Any) -> Any:
         """What the call returns or the `Failure`; out of device memory, it is tried again with nothing beside it."""
-        on_cpu = self.settings.stamp.device == "cpu"
+        problem, on_cpu = cell.problem, self.settings.stamp.device == "cpu"
+        what = f"{cell.entry.key} {problem.inner_model} {cell.case.name} {problem.dtype}"
         for size in (0 if on_cpu else working_bytes(problem), DEVICE_BYTES):
             with self._room.taking(size):
+                started = time.monotonic()
                 try:
                     return worker.call(function, *arguments, timeout=self.settings.timeout)
                 except Failure as failure:
                     last = failure
+                finally:
+                    logger.debug("%s of %s: %.1f s", function.__name__, what, time.monotonic() - started)
             if last.status != "oom" or on_cpu:
                 break
             worker.stop()

@@ -1,6 +1,6 @@
 """Does `compare` see a slowdown of 5 %, and nothing where there is nothing? Ten times on the device itself.
 
-Each time the same page is measured as BASE, again as HEAD, and once more with 5 % planted (`graphed_slow`), block by
+Each time the same page is measured as BASE, again as HEAD, and once more with 5 % planted (`proof_page_slow`), block by
 block in turns and in new processes, through the sweep's own bench; `compare` then judges the two pairs of folders. The
 processes of the next comparison import what they need meanwhile.
 """
@@ -32,8 +32,8 @@ from spec.cases import CASES
 FILE = "compare_proof.csv"
 CASE = "lm-1.3b-m64"
 PROCESSES = 3
-KEY = "proof.graphed"
-_PAGES = {"base": "harness.graphed", "same": "harness.graphed", "slow": "harness.graphed_slow"}
+KEY = "proof.page"
+_PAGES = {"base": "harness.proof_page", "same": "harness.proof_page", "slow": "harness.proof_page_slow"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def _compared(
             records.append(folders[name] / "samples.csv", samples)
         for head in ("same", "slow"):
             found = compare(str(folders["base"]), str(folders[head]), CompareSettings())
+            if not found.timings:
+                raise ValueError(f"comparison {number} has nothing to compare: {'; '.join(found.damage) or 'no times'}")
             yield from (_pair(number, head, timing, found.exit_code) for timing in found.timings)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
 import re
 import shutil
 import statistics
@@ -44,6 +45,8 @@ BLOCK_SECONDS = 0.02
 BLOCK_CALLS = 20
 BLOCK_LAUNCHES = 3000  # of recorded calls
 RECORD_SECONDS = 1e-4  # for each launch: cupti-python makes an object of it
+logger = logging.getLogger(__name__)
+
 # Not `unsupported`: what was missing may have been installed since.
 _FINAL = ("ok", "wrong", "oom", "timeout", "crash", "error")
 
@@ -251,18 +254,27 @@ class Bench:
         return caches | ({"OMP_NUM_THREADS": "1"} if self._settings.stamp.device == "cpu" else {})
 
     def _take_turns(self, subjects: Sequence[Timed], pass_: Pass) -> None:
+        marks = [time.monotonic()]
         turns = list(itertools.product(range(self._protocol.processes), subjects))
         at_once = min(len(turns), *(parity.DEVICE_BYTES // working_bytes(s.cell.problem) for s in subjects), 64)
         with ThreadPoolExecutor(max(at_once, 1)) as pool:
             list(pool.map(lambda turn: turn[1].place(turn[0], pass_), turns))
+        marks.append(time.monotonic())
         for process, subject in turns:
             subject.get_ready(process, pass_)
+        marks.append(time.monotonic())
         for subject in subjects[:1]:
             subject.call(0, jobs.settle, pass_)
         for cache, round_ in itertools.product(self._protocol.caches, range(ROUNDS[1])):
             first = round_ % max(len(turns), 1)  # nobody always follows the same one
             for process, subject in turns[first:] + turns[:first]:
                 _block(subject, process, round_, pass_, cache)
+        marks.append(time.monotonic())
+        if subjects:
+            cell, seconds = subjects[0].cell, [after - before for before, after in itertools.pairwise(marks)]
+            what = f"{cell.problem.inner_model} {cell.case.name} {cell.problem.dtype} {pass_}"
+            said = "%s: %d processes, placed in %.1f s, ready in %.1f s, timed in %.1f s"
+            logger.debug(said, what, len(turns), *seconds)
 
     def _alone(self, cell: Cell, pass_: Pass) -> Timed:
         """The pass of this cell with nothing else on the device, one process after the other."""
