@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, view
+from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, default_split, view
 from implementations.cuda.mlp_registers_limits import limit
 from implementations.cuda.module import launch
 from implementations.kernels import ARCHITECTURES, CudaKernel, architectures_with
@@ -170,15 +170,6 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
     )  # fmt: skip
     launch(backward_kernel(problem, split), b * h * split, arguments, like.device, problem)
     return MlpInputs(*d_tokens, d_token_eta.sum(0), d_ln_weight.sum(0), d_ln_bias.sum(0), *d_state)
-
-
-def default_split(problem: Problem, device: torch.device) -> int:
-    """Two blocks a chain where every chain can have two multiprocessors."""
-    if device.type != "cuda":
-        return 1
-    properties = torch.cuda.get_device_properties(device)
-    room = 2 * problem.batch * problem.heads <= properties.multi_processor_count
-    return 2 if room and properties.major >= 9 else 1
 
 
 def aligned(x: Tensor) -> bool:
