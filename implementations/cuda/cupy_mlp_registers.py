@@ -199,6 +199,12 @@ def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
         shared = 11 * m * row * 2 + 2 * warps * 16 * row * 4 + (4 * 4 * d * 16 if split == 2 else 2 * 16)
         shared += 4 * (4 * m + 4 * d // split + 2 * warps * d)
         return _kernel(problem, "mlp_forward_short", shared, split)
+    if not problem.causal:  # `NotCausalShared` in `mlp_forward_not_causal.cu`
+        wide = problem.hidden // split + 8
+        shared = 16 * m * row + 4 * m * wide + 2 * d * wide + chunks * warps * 1024 // split
+        shared += 1024 if split == 1 else 128 * d * (chunks + chunks // 2)
+        shared += 8 * d + 4 * (2 * m + problem.hidden // split + d + chunks * d)
+        return _kernel(problem, "mlp_forward_not_causal", shared, split)
     squares = chunks * (chunks + 1) // 2 if problem.causal else 0
     sums = 1 if split == 2 and chunks == 4 else 2
     exchanged = chunks + (chunks + 1) // 2
@@ -241,6 +247,7 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
 _SPILLS = {
     ("mlp_forward_short", False): 120,
     ("mlp_forward", True): 480,
+    ("mlp_forward_not_causal", True): 480,
     ("mlp_backward", False): 500,
     ("mlp_backward", True): 1200,
 }
@@ -248,10 +255,11 @@ _SPILLS = {
 
 def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
     d, m, causal = problem.head_dim, problem.mini_batch, str(problem.causal).lower()
+    sizes = (d, m) if name == "mlp_forward_not_causal" else (d, m, causal)
     shared = -(-shared // 16) * 16
     return CudaKernel(
         source=KERNELS / f"{name}.cu",
-        expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {d}, {m}, {causal}>",
+        expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {', '.join(map(str, sizes))}>",
         inner_model="mlp",
         threads=4 * d,
         options=(f"-DTTT_SPLIT={split}",),
