@@ -1,9 +1,10 @@
 """TTT-MLP in CUDA C++ on tensor cores: a block, or a cluster of two, a chain, with its state in registers.
 
-Forward (`kernels/mlp_forward.cu`, for mini-batches of 16 tokens `mlp_forward_short.cu`): the fast weights, fp32, are
-the accumulators of their own updates by `mma.sync`; rounded as they lie they are operands of the products with xk and
-xq, so they never leave the registers. Backward (`kernels/mlp_backward.cu`): the same with the cotangents of the fast
-weights, after the fast weights of a group of mini-batches have been computed again from saved ones.
+Forward (`kernels/mlp_forward.cu`, not causal `mlp_forward_not_causal.cu`, for mini-batches of 16 tokens
+`mlp_forward_short.cu`): the fast weights, fp32, are the accumulators of their own updates by `mma.sync`; rounded as
+they lie they are operands of the products with xk and xq, so they never leave the registers. Backward
+(`kernels/mlp_backward.cu`): the same with the cotangents of the fast weights, after the fast weights of a group of
+mini-batches have been computed again from saved ones.
 
 The forward keeps for the backward, a token and head, 4 D + 8 bytes of LayerNorms and (32 D^2 + 16 D) / (group M) of
 states: 792 bytes at D = 64, M = 16, group = 16. The backward works in `work_bytes` of global memory a block.
@@ -205,7 +206,7 @@ def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
         shared += 1024 if split == 1 else 128 * d * (chunks + chunks // 2)
         shared += 8 * d + 4 * (2 * m + problem.hidden // split + d + chunks * d)
         return _kernel(problem, "mlp_forward_not_causal", shared, split)
-    squares = chunks * (chunks + 1) // 2 if problem.causal else 0
+    squares = chunks * (chunks + 1) // 2
     sums = 1 if split == 2 and chunks == 4 else 2
     exchanged = chunks + (chunks + 1) // 2
     shared = (  # `ForwardShared` in `mlp_forward.cu`
@@ -255,7 +256,7 @@ _SPILLS = {
 
 def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
     d, m, causal = problem.head_dim, problem.mini_batch, str(problem.causal).lower()
-    sizes = (d, m) if name == "mlp_forward_not_causal" else (d, m, causal)
+    sizes = (d, m) if name in ("mlp_forward", "mlp_forward_not_causal") else (d, m, causal)
     shared = -(-shared // 16) * 16
     return CudaKernel(
         source=KERNELS / f"{name}.cu",
