@@ -104,7 +104,7 @@ def test_a_fault_in_the_kernel_shows(monkeypatch, tmp_path, old, new, wrong):
     inputs, _ = drawn(CASE, PROBLEM)
     shutil.copytree(page._KERNELS, tmp_path / "kernels")
     shutil.copytree(page._KERNELS.parent / "emulator", tmp_path / "emulator")
-    blocks = tmp_path / "kernels" / "linear_blocks.cuh"
+    blocks = tmp_path / "kernels" / "linear_recurrence.cuh"
     assert blocks.read_text().count(old) == 1
     expected = page.forward(inputs, PROBLEM)[0]._asdict()
     blocks.write_text(blocks.read_text().replace(old, new))

@@ -1,8 +1,10 @@
 """TTT-Linear on tensor cores, the recurrence split off: some warps of a block carry the fast weights, others read them.
 
-Both passes run one block a chain (batch, head). `kernels/linear_blocks.cuh` says how D / 16 warps carry w1 in registers
-from one mini-batch to the next, with one barrier among them a mini-batch; `kernels/linear_forward.cu` how other warps,
-a few mini-batches behind, compute `out`; `kernels/linear_backward.cu` how the same split makes the way back.
+`kernels/linear_recurrence.cuh` says how D / 16 warps of a block carry w1 in registers from one mini-batch to the next,
+with one barrier among them a mini-batch; `kernels/linear_forward.cu` how other warps, a few mini-batches behind,
+compute `out`; `kernels/linear_backward.cu` how the same split makes the way back, in a second pass over what the
+forward again kept. One block has a chain (batch, head); where the device has room for two, each has one of the
+backward's passes.
 
 Memory. The forward reads the inputs once, writes `out` once, and saves the fast weights of every G-th mini-batch, by
 default of every 1024 tokens: 4 (D^2 + D) / (G M) bytes a token and head, 16 at D = 64, beside 386 for the inputs in

@@ -13,10 +13,11 @@
 //   d_xk   = d_attn^T xq - eta_last lr g_z1 d_w1'^T + d_z1 w1^T - d_xv
 //   d_w1   = d_w1' + xq^T d_z1_bar + xk^T d_z1                (not causal: xq^T d_z1_bar comes before `pulled`)
 //
-// All with w1 less its mean over e (linear_blocks.cuh): d_z1_bar and d_z1 have mean 0 over e, so d_xq and d_xk do not
+// All with w1 less its mean over e (linear_recurrence.cuh): d_z1_bar and d_z1 have mean 0 over e, so d_xq and d_xk do not
 // see the mean either. Memory: inputs read twice and d_out once, gradients written once; what Again keeps for Reverse,
 // D^2 / M + 4 D + ... numbers a token and head, stays in the L2 cache if the segments are short.
-#include "linear_blocks.cuh"
+#include "linear_readers.cuh"
+#include "linear_recurrence.cuh"
 
 #if TTT_SPLIT > 1
 #define TTT_CLUSTER __cluster_dims__(TTT_SPLIT, 1, 1)
