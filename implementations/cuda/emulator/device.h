@@ -483,6 +483,8 @@ template <int N> void copy_async_wait() {
     copies.erase(copies.begin(), copies.begin() + done);
 }
 
+inline void prefetch(const void*) {}  // no cache here
+
 // --- Within a warp, a block, a cluster ---
 
 inline float shuffle_xor(float x, int mask) {

@@ -125,6 +125,9 @@ TTT_INLINE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: 
 // Until at most N groups of this thread are on their way.
 template <int N> TTT_INLINE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
+// The 128 bytes around an address of global memory to the L2 cache.
+TTT_INLINE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" :: "l"(global)); }
+
 // --- Within a warp, a block, a cluster ---
 
 TTT_INLINE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
