@@ -1,10 +1,10 @@
-"""Small problems through every CUDA C++ kernel, forward and backward, for a tool that watches a kernel run:
+"""Small problems through every CUDA C++ kernel, forward and backward, for a tool that watches kernels run.
 
-    python -m implementations.cuda.exercise  # once without the tool: CuPy keeps what NVRTC compiles
+    python -m implementations.cuda.exercise  # once without it: CuPy keeps what NVRTC compiles
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python -m implementations.cuda.exercise
 
-Three mini-batches and two chains each, in bf16, with the final state's cotangents. Each line has a hash of what came
-out, of every bit. Arguments choose by a part of the line: `registers/2`.
+Three mini-batches and two chains each, bf16. A line ends in a hash of every bit that came out. Arguments choose by a
+part of the line (`registers/2`); `--mbarriers` takes mbarriers for named barriers, whose bar.arrive racecheck misses.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from implementations.cuda import cupy_linear_split, cupy_mlp_registers, cupy_plain_linear, cupy_plain_mlp
+from implementations.cuda import cupy_linear_split, cupy_mlp_registers, cupy_plain_linear, cupy_plain_mlp, module
 from spec.cases import Case, draw
 from spec.problem import InnerModel, Problem
 from spec.tensors import INPUTS, OUTPUTS, validate
@@ -52,10 +53,21 @@ def _tensor(x: Any) -> torch.Tensor:
     return bits.to(DEVICE)
 
 
+def _every_weight_moves(values: dict[str, Any]) -> None:
+    values["token_eta"] += 0.1  # drawn, the last may be 0
+
+
+def _launch_with_mbarriers(kernel: Any, *arguments: Any) -> None:
+    module.launch(replace(kernel, options=(*kernel.options, "-DTTT_MBARRIERS")), *arguments)
+
+
 if __name__ == "__main__":
+    wanted = [part for part in sys.argv[1:] if part != "--mbarriers"]
+    if len(wanted) + 1 < len(sys.argv):
+        cupy_linear_split.launch = _launch_with_mbarriers
     for name, inner_model, forward, backward in runs():
         for d, m, causal in SIZES:
             line = f"{name} D={d} M={m} {'causal' if causal else 'not causal'}"
-            if all(wanted in line for wanted in sys.argv[1:]):
-                case = Case("exercise", "", 1, 3 * m, 2, d, m, causal)
+            if all(part in line for part in wanted):
+                case = Case("exercise", "", 1, 3 * m, 2, d, m, causal, adjust=_every_weight_moves)
                 print(line, solve(case, case.problem(inner_model, "bf16"), forward, backward), flush=True)

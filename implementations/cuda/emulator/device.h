@@ -483,8 +483,6 @@ template <int N> void copy_async_wait() {
     copies.erase(copies.begin(), copies.begin() + done);
 }
 
-inline void prefetch(const void*) {}  // no cache here
-
 // --- Within a warp, a block, a cluster ---
 
 inline float shuffle_xor(float x, int mask) {
@@ -508,6 +506,7 @@ inline void named(int id, int threads, bool wait, const char* name) {
         emulator::fail("%s: no barrier %d of %d threads in a block of %u", name, id, threads, emulator::block_size.x);
     emulator::arrive(emulator::current->block->barrier[id], threads, wait, name);
 }
+inline void named_init(int, int) {}
 inline void named_sync(int id, int threads) { named(id, threads, true, "named_sync"); }
 inline void named_arrive(int id, int threads) { named(id, threads, false, "named_arrive"); }
 

@@ -107,10 +107,13 @@ template <typename P> struct Place {
     }
 };
 
-// Puts what all mini-batches share into shared memory: gamma, beta, token_eta and eps.
+// Puts what all mini-batches share into shared memory: gamma, beta, token_eta and eps; and makes the named barriers.
 template <typename P>
 TTT_INLINE void load_shared(const P& at, const float* ln_weight, const float* ln_bias, const float* token_eta, double eps) {
-    if (threadIdx.x == 0) *at.eps() = float(eps);
+    if (threadIdx.x == 0) {
+        *at.eps() = float(eps);
+        for (int i = 1; i < 16; i++) named_init(i, i == P::BETWEEN ? 32 * P::WARPS : P::HAND_OVER);
+    }
     for (int i = threadIdx.x; i < P::D / 2; i += P::THREADS)
         at.ln()[i] = make_float4(ln_weight[2 * i], ln_weight[2 * i + 1], ln_bias[2 * i], ln_bias[2 * i + 1]);
     for (int i = threadIdx.x; i < P::M; i += P::THREADS) at.token_eta()[i] = token_eta[i];

@@ -126,18 +126,6 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             if (both) next_rstd_bar = s.base.rstd_bar[first + thread];
         }
     };
-    // To the L2 cache: what mini-batch n reads of memory without a stage ahead.
-    auto announce = [&](int n, bool both) {
-        if (AHEAD) return;
-        for (int i = thread; i < M; i += S::THREADS) {
-            const int64_t token = int64_t(n) * M + i;
-            prefetch(s.base.xv + token * a.xv.t), prefetch(s.base.x_hat + token * D);
-            if (both) prefetch(s.base.d_out + token * a.d_out.t), prefetch(s.base.x_hat_bar + token * D);
-            if (STAGES == 2) continue;
-            prefetch(s.base.xk + token * a.xk.t), prefetch(s.base.lr + token * a.lr.t);
-            if (both) prefetch(s.base.xq + token * a.xq.t);
-        }
-    };
     auto arrived = [&](int n) {  // and a barrier behind it: `fetched`
         copy_async_wait<0>();
         if (thread < M) {
@@ -253,7 +241,6 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                 refresh();
                 if (CAUSAL || n < end) fetched(n);
                 else sync();  // the weights after the group, for which nothing comes
-                if (n + 1 < end) announce(n + 1, false);
                 {
                     const First<D> w1_r = round_first<T, D>(w1);
                     const Second<D> w2_r = round_second<T, D>(w2), w2_t = transpose(w2_r);
@@ -351,7 +338,6 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                 copy_async_wait<0>();
                 sync();
             } else fetched(n);
-            if (n > begin) announce(n - 1, true);
             if (STAGES == 2 && n > begin) fetch(n - 1, true);
             const T *xq_tile = s.xq[stage], *xk_tile = s.xk[stage];
             T *g_z2_tile = s.g_z2[n % Shared::NORMS], *d_z2_bar_tile = s.d_z2_bar[n % Shared::NORMS];
