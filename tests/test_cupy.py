@@ -96,8 +96,8 @@ def test_neither_kept_states_nor_the_order_of_threads_nor_where_tiles_are_change
         ("linear", "j <= i || !CAUSAL", "j < i || !CAUSAL", "out"),
         ("linear", "along_d_g * gamma[d] * e)", "along_d_g * e)", "d_w1"),  # in plain.cuh
         ("linear", "d_first.b[j] += sum_and_round", "sum_and_round", "d_b1"),
-        ("mlp", "z1_bar(i, j) = d_h1 * u(i, j) * gelu_second(s.z1(i, j))", "z1_bar(i, j) = 0", "d_xk"),
-        ("mlp", "part.template add<M>(transpose(d_u), s.h2);", "", "d_w2"),
+        ("mlp", "z1_bar(i, j) = d_g1 * u(i, j) * gelu_second(s.z1(i, j))", "z1_bar(i, j) = 0", "d_xk"),
+        ("mlp", "part.template add<M>(transpose(d_u), s.g2);", "", "d_w2"),
         ("linear", LOADED + "        sync();\n", LOADED, ""),
         ("linear", LOADED, LOADED + "if (threadIdx.x < 64) sync();\n", "deadlock"),
     ],

@@ -60,3 +60,12 @@ def contiguous_like(x: Tensor) -> Tensor:
 def default_group(problem: Problem) -> int:
     """The largest power of two up to sqrt(N): about the least memory, kept and recomputed weights together."""
     return 1 << (math.isqrt(problem.mini_batches).bit_length() - 1)
+
+
+def default_split(problem: Problem, device: torch.device) -> int:
+    """Two blocks a chain where every chain can have two multiprocessors."""
+    if device.type != "cuda":
+        return 1
+    properties = torch.cuda.get_device_properties(device)
+    room = 2 * problem.batch * problem.heads <= properties.multi_processor_count
+    return 2 if room and properties.major >= 9 else 1

@@ -1,8 +1,10 @@
 """TTT-Linear on tensor cores, the recurrence split off: some warps of a block carry the fast weights, others read them.
 
-Both passes run one block a chain (batch, head). `kernels/linear_blocks.cuh` says how D / 16 warps carry w1 in registers
-from one mini-batch to the next, with one barrier among them a mini-batch; `kernels/linear_forward.cu` how other warps,
-a few mini-batches behind, compute `out`; `kernels/linear_backward.cu` how the same split makes the way back.
+`kernels/linear_recurrence.cuh` says how D / 16 warps of a block carry w1 in registers from one mini-batch to the next,
+with one barrier among them a mini-batch; `kernels/linear_forward.cu` how other warps, a few mini-batches behind,
+compute `out`; `kernels/linear_backward.cu` how the same split makes the way back, in a second pass over what the
+forward again kept. One block has a chain (batch, head); where mini-batches are long and the device has room for two
+blocks, each has one of the backward's passes.
 
 Memory. The forward reads the inputs once, writes `out` once, and saves the fast weights of every G-th mini-batch, by
 default of every 1024 tokens: 4 (D^2 + D) / (G M) bytes a token and head, 16 at D = 64, beside 386 for the inputs in
@@ -20,9 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, view
+from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, default_split, view
 from implementations.cuda.linear_split_limits import (
     Ring,
     Rings,
@@ -35,7 +38,7 @@ from implementations.cuda.linear_split_limits import (
     threads,
 )
 from implementations.cuda.module import launch
-from implementations.kernels import CudaKernel, architectures_with
+from implementations.kernels import ARCHITECTURES, CudaKernel, architectures_with
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
 
@@ -95,8 +98,8 @@ class BackwardArguments(NamedTuple):
     d_xk: View
     d_xv: View
     d_lr: View
-    d_token_eta: Tensor  # [B H, M], the parts of each chain; the next two too
-    d_ln_weight: Tensor  # [B, H, D]
+    d_token_eta: Tensor  # [B H split, M], the parts of each block; the next two too
+    d_ln_weight: Tensor  # [B, H, split, D]
     d_ln_bias: Tensor
     d_w1: Tensor
     d_b1: Tensor
@@ -143,9 +146,15 @@ def empty_residuals(inputs: LinearInputs, problem: Problem, group: int | None = 
 
 
 def backward(
-    cotangents: LinearOutputs, residuals: Residuals, problem: Problem, rings: Rings | None = None
+    cotangents: LinearOutputs,
+    residuals: Residuals,
+    problem: Problem,
+    rings: Rings | None = None,
+    split: int | None = None,
 ) -> LinearInputs:
     """Gradients of every input, from the cotangents of the output and of the final state.
+
+    `split` blocks work on a chain, 1 or 2; by default 2 where mini-batches are long and the device has room for all.
 
     Raises:
         ValueError: a cotangent has another shape, dtype, device or layout than the kernel takes.
@@ -154,30 +163,33 @@ def backward(
     check(cotangents, OUTPUTS, problem, limit(problem), inputs.xq)
     _check_aligned(out=cotangents.out)
     b, h, d, m = problem.batch, problem.heads, problem.head_dim, problem.mini_batch
-    empty = inputs.w1.new_empty
+    empty, split = inputs.w1.new_empty, split or _default_split(problem, inputs.xq.device)
     d_tokens = [*map(contiguous_like, inputs[:4])]
-    parts = empty(b * h, m), empty(b, h, d), empty(b, h, d)
+    d_token_eta, d_ln_weight, d_ln_bias = empty(b * h * split, m), empty(b, h, split, d), empty(b, h, split, d)
     d_w1, d_b1 = map(contiguous_like, inputs[7:])
-    scratch = empty(b * h, group + 1, kept_bytes(problem) // 4)
+    scratch = empty(b * h * split, group + 1, kept_bytes(problem) // 4)
     arguments = BackwardArguments(
         *map(view, inputs[:4]), *inputs[4:7], saved, view(cotangents.out), *cotangents[1:],
-        *map(view, d_tokens), *parts, d_w1, d_b1, empty(b * h, d * (d + 1)), scratch,
+        *map(view, d_tokens), d_token_eta, d_ln_weight, d_ln_bias, d_w1, d_b1, empty(b * h, d * (d + 1)), scratch,
         h, problem.mini_batches, group, problem.eps,
     )  # fmt: skip
-    launch(_backward_kernel(problem, rings), b * h, arguments, inputs.xq.device, problem)
-    # Over chains and over the batch, always in the same order.
-    return LinearInputs(*d_tokens, *(part.sum(0) for part in parts), d_w1, d_b1)
+    launch(backward_kernel(problem, rings, split), b * h * split, arguments, inputs.xq.device, problem)
+    sums = d_token_eta.sum(0), d_ln_weight.sum((0, 2)), d_ln_bias.sum((0, 2))  # always in the same order
+    return LinearInputs(*d_tokens, *sums, d_w1, d_b1)
 
 
 def kernels(problem: Problem) -> tuple[CudaKernel, CudaKernel]:
     """What `forward` and `backward` launch."""
-    return _forward_kernel(problem, None), _backward_kernel(problem, None)
+    return _forward_kernel(problem, None), backward_kernel(problem)
 
 
 def static_kernels() -> Iterator[CudaKernel]:
     """Both kernels at the sizes of the named cases."""
     for d, m, causal in ((64, 16, True), (96, 16, True), (64, 64, True), (64, 64, False)):
-        yield from kernels(Problem("linear", 1, m, 1, d, m, causal, dtype="bf16"))
+        problem = Problem("linear", 1, m, 1, d, m, causal, dtype="bf16")
+        yield from kernels(problem)
+        if not causal:
+            yield backward_kernel(problem, split=2)
 
 
 @functools.cache
@@ -187,11 +199,19 @@ def _forward_kernel(problem: Problem, ring: Ring | None) -> CudaKernel:
 
 
 @functools.cache
-def _backward_kernel(problem: Problem, rings: Rings | None) -> CudaKernel:
+def backward_kernel(problem: Problem, rings: Rings | None = None, split: int = 1) -> CudaKernel:
+    """The instance that solves `problem` with `split` blocks a chain."""
     rings = rings or backward_rings(problem)
-    keeps = f"-DTTT_KEPT_BYTES={kept_bytes(problem)}"
-    kernel = _kernel("linear_backward", problem, rings.groups, rings, backward_bytes(problem, rings), keeps)
-    return replace(kernel, declared_spill_bytes=_SPILLS.get((problem.head_dim, problem.mini_batch), 0))
+    options = f"-DTTT_KEPT_BYTES={kept_bytes(problem)}", f"-DTTT_SPLIT={split}"
+    kernel = _kernel("linear_backward", problem, rings.groups, rings, backward_bytes(problem, rings), *options)
+    spills = _SPILLS.get((problem.head_dim, problem.mini_batch), 0)
+    kernel = replace(kernel, declared_spill_bytes=spills, cluster=split)
+    return kernel if split == 1 else replace(kernel, architectures=ARCHITECTURES[1:])
+
+
+def _default_split(problem: Problem, device: torch.device) -> int:
+    """Two blocks a chain took 1.68 ms instead of 2.01 on video-5b, M = 64, but 4.81 instead of 4.22 on lm-1.3b-long."""
+    return default_split(problem, device) if problem.mini_batch >= 64 else 1
 
 
 def _kernel(

@@ -1,9 +1,10 @@
 """TTT-MLP in CUDA C++ on tensor cores: a block, or a cluster of two, a chain, with its state in registers.
 
-Forward (`kernels/mlp_forward.cu`, for mini-batches of 16 tokens `mlp_forward_short.cu`): the fast weights, fp32, are
-the accumulators of their own updates by `mma.sync`; rounded as they lie they are operands of the products with xk and
-xq, so they never leave the registers. Backward (`kernels/mlp_backward.cu`): the same with the cotangents of the fast
-weights, after the fast weights of a group of mini-batches have been computed again from saved ones.
+Forward (`kernels/mlp_forward.cu`, not causal `mlp_forward_not_causal.cu`, for mini-batches of 16 tokens
+`mlp_forward_short.cu`): the fast weights, fp32, are the accumulators of their own updates by `mma.sync`; rounded as
+they lie they are operands of the products with xk and xq, so they never leave the registers. Backward
+(`kernels/mlp_backward.cu`): the same with the cotangents of the fast weights, after the fast weights of a group of
+mini-batches have been computed again from saved ones.
 
 The forward keeps for the backward, a token and head, 4 D + 8 bytes of LayerNorms and (32 D^2 + 16 D) / (group M) of
 states: 792 bytes at D = 64, M = 16, group = 16. The backward works in `work_bytes` of global memory a block.
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, view
+from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, default_split, view
 from implementations.cuda.mlp_registers_limits import limit
 from implementations.cuda.module import launch
 from implementations.kernels import ARCHITECTURES, CudaKernel, architectures_with
@@ -172,15 +173,6 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
     return MlpInputs(*d_tokens, d_token_eta.sum(0), d_ln_weight.sum(0), d_ln_bias.sum(0), *d_state)
 
 
-def default_split(problem: Problem, device: torch.device) -> int:
-    """Two blocks a chain where every chain can have two multiprocessors."""
-    if device.type != "cuda":
-        return 1
-    properties = torch.cuda.get_device_properties(device)
-    room = 2 * problem.batch * problem.heads <= properties.multi_processor_count
-    return 2 if room and properties.major >= 9 else 1
-
-
 def aligned(x: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes."""
     return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
@@ -208,7 +200,13 @@ def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
         shared = 11 * m * row * 2 + 2 * warps * 16 * row * 4 + (4 * 4 * d * 16 if split == 2 else 2 * 16)
         shared += 4 * (4 * m + 4 * d // split + 2 * warps * d)
         return _kernel(problem, "mlp_forward_short", shared, split)
-    squares = chunks * (chunks + 1) // 2 if problem.causal else 0
+    if not problem.causal:  # `NotCausalShared` in `mlp_forward_not_causal.cu`
+        wide = problem.hidden // split + 8
+        shared = 16 * m * row + 4 * m * wide + 2 * d * wide + chunks * warps * 1024 // split
+        shared += 1024 if split == 1 else 128 * d * (chunks + chunks // 2)
+        shared += 8 * d + 4 * (2 * m + problem.hidden // split + d + chunks * d)
+        return _kernel(problem, "mlp_forward_not_causal", shared, split)
+    squares = chunks * (chunks + 1) // 2
     sums = 1 if split == 2 and chunks == 4 else 2
     exchanged = chunks + (chunks + 1) // 2
     shared = (  # `ForwardShared` in `mlp_forward.cu`
@@ -249,7 +247,8 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
 # By the kernel, and whether a mini-batch is more than one chunk of 16 tokens. A cluster has half of the state in each.
 _SPILLS = {
     ("mlp_forward_short", False): 120,
-    ("mlp_forward", True): 480,
+    ("mlp_forward", True): 240,
+    ("mlp_forward_not_causal", True): 360,
     ("mlp_backward", False): 500,
     ("mlp_backward", True): 1200,
 }
@@ -257,10 +256,11 @@ _SPILLS = {
 
 def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
     d, m, causal = problem.head_dim, problem.mini_batch, str(problem.causal).lower()
+    sizes = (d, m) if name in ("mlp_forward", "mlp_forward_not_causal") else (d, m, causal)
     shared = -(-shared // 16) * 16
     return CudaKernel(
         source=KERNELS / f"{name}.cu",
-        expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {d}, {m}, {causal}>",
+        expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {', '.join(map(str, sizes))}>",
         inner_model="mlp",
         threads=4 * d,
         options=(f"-DTTT_SPLIT={split}",),

@@ -16,9 +16,9 @@ __all__ = ["backward", "empty_residuals", "forward", "kernels", "limit", "static
 def _tile_floats(problem: Problem, backward: bool) -> int:
     """Tiles [M D], [M M], [M F], [D F] and [F D] with a column more each, and rows."""
     m, d, f = problem.mini_batch, problem.head_dim, problem.hidden
-    token_tiles, square_tiles, hidden_tiles, weights = (11, 6, 9, 2) if backward else (5, 1, 4, 1)
+    token_tiles, square_tiles, hidden_tiles, weights, rows = (11, 6, 9, 2, 3) if backward else (5, 1, 4, 1, 1)
     tokens = token_tiles * m * (d + 1) + square_tiles * m * (m + 1) + hidden_tiles * m * (f + 1)
-    return tokens + weights * (f * (d + 1) + d * (f + 1) + f + d) + m
+    return tokens + weights * (f * (d + 1) + d * (f + 1) + f + d) + rows * m
 
 
 _PAGE = Page("mlp", _tile_floats)

@@ -1,6 +1,6 @@
 """What `cupy_linear_split` can solve, by what fits into shared memory; imports no framework: the registry asks.
 
-The kernels count the same in `kernels/linear_blocks.cuh` (`Plan`, `Kept`), and do not compile if the numbers differ.
+The kernels count the same in `kernels/linear_plan.cuh` (`Plan`, `Kept`), and do not compile if the numbers differ.
 """
 
 from __future__ import annotations

@@ -506,6 +506,7 @@ inline void named(int id, int threads, bool wait, const char* name) {
         emulator::fail("%s: no barrier %d of %d threads in a block of %u", name, id, threads, emulator::block_size.x);
     emulator::arrive(emulator::current->block->barrier[id], threads, wait, name);
 }
+inline void named_init(int, int) {}
 inline void named_sync(int id, int threads) { named(id, threads, true, "named_sync"); }
 inline void named_arrive(int id, int threads) { named(id, threads, false, "named_arrive"); }
 

@@ -135,10 +135,30 @@ TTT_INLINE void sync_warp() { __syncwarp(); }
 
 TTT_INLINE void sync() { __syncthreads(); }
 // Barrier `id` (1 to 15) of `threads` threads, whole warps: those that wait there and those that only arrive.
+#ifndef TTT_MBARRIERS
+TTT_INLINE void named_init(int, int) {}
 TTT_INLINE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
 TTT_INLINE void named_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
+#else  // the same by mbarriers, for `compute-sanitizer --tool racecheck`, which does not know that bar.arrive orders
+__shared__ unsigned long long ttt_mbarriers[16];
+TTT_INLINE void named_init(int id, int threads) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(ttt_mbarriers + id)), "r"(threads) : "memory");
+}
+TTT_INLINE unsigned long long named_arrive(int id, int) {
+    unsigned long long phase;
+    asm volatile("mbarrier.arrive.shared.b64 %0, [%1];"
+        : "=l"(phase) : "r"(shared_address(ttt_mbarriers + id)) : "memory");
+    return phase;
+}
+TTT_INLINE void named_sync(int id, int threads) {
+    const unsigned long long phase = named_arrive(id, threads);
+    for (uint32_t over = 0; !over;)
+        asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+            : "=r"(over) : "r"(shared_address(ttt_mbarriers + id)), "l"(phase) : "memory");
+}
+#endif
 
 // Of a kernel with __cluster_dims__, sm_90 and up.
 TTT_INLINE void cluster_sync() {

@@ -1,9 +1,11 @@
-// TTT-Linear backward on tensor cores, one block a chain, in segments of `group` mini-batches from the last to the first:
+// TTT-Linear backward on tensor cores, in segments of `group` mini-batches from the last to the first, each in two passes:
 //
 //   Again    the forward from the segment's saved weights. Readers finish what hangs on the read-out alone: d_xq,
 //            d_z1_bar, d_attn; the recurrence keeps x_hat and a few numbers of each token.
 //   Reverse  the one thing that is sequential, d_w1 from the last mini-batch to the first, again in the registers of
 //            some warps; readers finish d_xk.
+//
+// One block does both for its chain in turns; of a cluster of two, each block has one of them, a segment apart.
 //
 //   pulled = xk d_w1' + d_b1'                                 what the update is asked to change
 //   q      = -(token_eta tril(xq xk^T + 1))^T d_z1_bar - eta_last pulled,   d_g_z1 = lr q,   d_lr = sum(q g_z1)
@@ -11,12 +13,21 @@
 //   d_xk   = d_attn^T xq - eta_last lr g_z1 d_w1'^T + d_z1 w1^T - d_xv
 //   d_w1   = d_w1' + xq^T d_z1_bar + xk^T d_z1                (not causal: xq^T d_z1_bar comes before `pulled`)
 //
-// All with w1 less its mean over e (linear_blocks.cuh): d_z1_bar and d_z1 have mean 0 over e, so d_xq and d_xk do not
+// All with w1 less its mean over e (linear_recurrence.cuh): d_z1_bar and d_z1 have mean 0 over e, so d_xq and d_xk do not
 // see the mean either. Memory: inputs read twice and d_out once, gradients written once; what Again keeps for Reverse,
 // D^2 / M + 4 D + ... numbers a token and head, stays in the L2 cache if the segments are short.
-#include "linear_blocks.cuh"
+#include "linear_readers.cuh"
+#include "linear_recurrence.cuh"
+
+#if TTT_SPLIT > 1
+#define TTT_CLUSTER __cluster_dims__(TTT_SPLIT, 1, 1)
+#else
+#define TTT_CLUSTER
+#endif
 
 namespace ttt {
+
+constexpr int SPLIT = TTT_SPLIT;  // blocks of a chain
 
 struct BackwardArguments {
     View xq, xk, xv, lr;
@@ -25,9 +36,9 @@ struct BackwardArguments {
     View d_out;
     const float *d_final_w1, *d_final_b1;
     View d_xq, d_xk, d_xv, d_lr;
-    float *d_token_eta, *d_ln_weight, *d_ln_bias, *d_w1, *d_b1;  // the first three of each chain: [B H, M], [B H, D]
+    float *d_token_eta, *d_ln_weight, *d_ln_bias, *d_w1, *d_b1;  // the first three of each block: [B H SPLIT, M or D]
     float* d_weights;        // [B H, D (D + 1)]: d_w1, d_b1 between segments
-    unsigned char* scratch;  // [B H, group + 1] times Kept::BYTES
+    unsigned char* scratch;  // [B H SPLIT, group + 1] times Kept::BYTES
     int64_t heads, mini_batches, group;
     double eps;
 };
@@ -484,8 +495,61 @@ template <typename P> struct Reverse {
     }
 };
 
+// A segment of mini-batches of one chain, by all warps of a block.
+template <typename P> struct Segment {
+    using T = typename P::T;
+    const BackwardArguments& a;
+    const int64_t chain, first;  // mini-batch
+    const int steps;
+    const Scratch<P> scratch;
+    TTT_INLINE Segment(const BackwardArguments& a, int64_t chain, int index)
+        : a(a), chain(chain), first(index * a.group), steps(int(min(a.group, a.mini_batches - first))),
+          scratch{a.scratch + (chain * SPLIT + index % SPLIT) * (a.group + 1) * Kept<P>::BYTES} {}
+    TTT_INLINE Rows<T> rows(const View& view) const { return {view, chain, a.heads, first * P::M}; }
+    TTT_INLINE Rows<const T> read(const View& view) const { return {view, chain, a.heads, first * P::M}; }
+};
+
+template <typename P> TTT_INLINE void again(const P& at, const Segment<P>& s, const float* saved) {
+    const int warp = threadIdx.x / 32, reader_index = warp - P::WARPS;
+    if (warp < P::WARPS) {
+        Weights<P> weights;
+        weights.restore(saved, warp);
+        KeepForReverse<P> keep = {s.scratch};
+        run_recurrence(at, weights, warp, s.steps, keep);
+    } else {
+        Again<P> work = {{at}, s.read(s.a.xq), s.read(s.a.xk), s.read(s.a.xv), s.read(s.a.lr), s.read(s.a.d_out),
+                         s.rows(s.a.d_xq), s.scratch};
+        work.start();
+        reader(at, reader_index, s.steps, work);
+        work.finish(reader_index);
+    }
+}
+
+template <typename P> TTT_INLINE void way_back(const P& at, const Segment<P>& s, bool is_last) {
+    constexpr int D = P::D;
+    const int warp = threadIdx.x / 32;
+    const BackwardArguments& a = s.a;
+    float* kept = a.d_weights + s.chain * (D * (D + 1));
+    if (warp < P::WARPS) {
+        Weights<P> d_weights;
+        if (is_last)
+            d_weights.load(a.d_final_w1 + s.chain * D * D, a.d_final_b1 + s.chain * D, at.mean(), 16 * warp);
+        else
+            d_weights.restore(kept, warp);
+        reverse(at, d_weights, warp, s.steps, s.rows(a.d_lr));
+        if (s.first == 0)
+            d_weights.store(a.d_w1 + s.chain * D * D, a.d_b1 + s.chain * D, at.mean(), 16 * warp);
+        else
+            d_weights.save(kept, warp);
+    } else {
+        Reverse<P> work = {at, s.steps - 1, s.read(a.xq), s.read(a.xk), s.read(a.xv), s.read(a.lr), s.rows(a.d_xk),
+                           s.rows(a.d_xv), s.scratch};
+        reader(at, warp - P::WARPS, s.steps, work);
+    }
+}
+
 template <typename T, int D, int M, bool CAUSAL, int GROUPS, int SLOTS, int STAGES, int REVERSE_STAGES>
-__global__ void __launch_bounds__(TTT_THREADS, 1) linear_backward(const __grid_constant__ BackwardArguments a) {
+__global__ void TTT_CLUSTER __launch_bounds__(TTT_THREADS, 1) linear_backward(const __grid_constant__ BackwardArguments a) {
     using F = Plan<AGAIN, T, D, M, CAUSAL, GROUPS, SLOTS, STAGES>;
     using R = Plan<REVERSE, T, D, M, CAUSAL, GROUPS, 1, REVERSE_STAGES>;
     constexpr int BYTES = F::BYTES > R::BYTES ? F::BYTES : R::BYTES;
@@ -494,63 +558,36 @@ __global__ void __launch_bounds__(TTT_THREADS, 1) linear_backward(const __grid_c
     TTT_SHARED(shared);
     const F forth = {shared};
     const R back = {shared};
-    const int64_t chain = blockIdx.x, h = a.heads;
-    const int warp = threadIdx.x / 32, index = warp - F::WARPS, group = int(a.group);
+    const int rank = SPLIT == 1 ? 0 : cluster_rank();
+    const int64_t chain = blockIdx.x / SPLIT, h = a.heads;
     const int segments = int((a.mini_batches + a.group - 1) / a.group);
     load_shared(forth, a.ln_weight + chain % h * D, a.ln_bias + chain % h * D, a.token_eta, a.eps);
     for (int i = threadIdx.x; i <= D; i += F::THREADS) forth.mean()[i] = 0.0f;  // cotangents keep theirs
     for (int i = threadIdx.x; i < F::SUMS / 4; i += F::THREADS) forth.ln_sums(0)[i] = 0.0f;
     sync();
 
-    unsigned char* scratch = a.scratch + chain * (a.group + 1) * Kept<F>::BYTES;
-    float* d_weights_kept = a.d_weights + chain * (D * (D + 1));
-    for (int segment = segments - 1; segment >= 0; segment--) {
-        const int64_t n = int64_t(segment) * group, token = n * M;
-        const int steps = int(min(a.group, a.mini_batches - n));
-        const Rows<const T> xq(a.xq, chain, h, token), xk(a.xk, chain, h, token), xv(a.xv, chain, h, token);
-        const Rows<const T> lr(a.lr, chain, h, token), d_out(a.d_out, chain, h, token);
-        if (index < 0) {
-            Weights<F> weights;
-            weights.restore(a.saved + (chain * segments + segment) * (D * (D + 1)), warp);
-            KeepForReverse<F> keep = {{scratch}};
-            run_recurrence(forth, weights, warp, steps, keep);
-        } else {
-            Again<F> work = {{forth}, xq, xk, xv, lr, d_out, {a.d_xq, chain, h, token}, {scratch}};
-            work.start();
-            reader(forth, index, steps, work);
-            work.finish(index);
-        }
-        sync();
-        if (index < 0) {
-            Weights<R> d_weights;
-            if (segment == segments - 1)
-                d_weights.load(a.d_final_w1 + chain * D * D, a.d_final_b1 + chain * D, back.mean(), 16 * warp);
-            else
-                d_weights.restore(d_weights_kept, warp);
-            reverse(back, d_weights, warp, steps, Rows<T>(a.d_lr, chain, h, token));
-            if (segment == 0)
-                d_weights.store(a.d_w1 + chain * D * D, a.d_b1 + chain * D, back.mean(), 16 * warp);
-            else
-                d_weights.save(d_weights_kept, warp);
-        } else {
-            Reverse<R> work = {back, steps - 1, xq, xk, xv, lr, {a.d_xk, chain, h, token}, {a.d_xv, chain, h, token},
-                               {scratch}};
-            reader(back, index, steps, work);
-        }
-        sync();
+    // One block takes turns at the two passes; of a cluster, block 1 goes again through the segment before the one that
+    // block 0 makes its way back through.
+    for (int turn = 0; turn < segments + SPLIT - 1; turn++) {
+        const int segment = segments - 1 - turn, behind = segment + SPLIT - 1;
+        if ((SPLIT == 1 || rank == 1) && segment >= 0)
+            again(forth, Segment<F>(a, chain, segment), a.saved + (chain * segments + segment) * (D * (D + 1)));
+        if (SPLIT == 1) sync();
+        if (rank == 0 && behind < segments) way_back(back, Segment<R>(a, chain, behind), behind == segments - 1);
+        if (SPLIT == 1) sync(); else cluster_sync();
     }
 
     for (int i = threadIdx.x; i < 2 * D; i += F::THREADS) {
         float sum = 0.0f;
         for (int r = 0; r <= F::READERS; r++) sum += forth.ln_sums(r)[i];
-        (i < D ? a.d_ln_weight : a.d_ln_bias)[chain * D + i % D] = sum;
+        (i < D ? a.d_ln_weight : a.d_ln_bias)[blockIdx.x * D + i % D] = sum;
     }
     for (int i = threadIdx.x; i < M; i += F::THREADS) {
         float sum = 0.0f;
         for (int r = 0; r < GROUPS; r++) sum += forth.eta_sums()[r * M + i];
         if (i == M - 1)
             for (int r = 0; r < F::WARPS; r++) sum += forth.eta_sums()[GROUPS * M + r];
-        a.d_token_eta[chain * M + i] = sum;
+        a.d_token_eta[blockIdx.x * M + i] = sum;
     }
 }
 

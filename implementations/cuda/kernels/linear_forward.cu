@@ -1,12 +1,13 @@
 // TTT-Linear forward on tensor cores, one block a chain: the recurrence in the registers of some warps, and the read-out
-// of each mini-batch by others, behind it. See linear_blocks.cuh.
+// of each mini-batch by others, behind it. See linear_recurrence.cuh.
 //
 //   z1_bar = xq w1 + b1 - (eta * (tril(xq xk^T) + tril(1))) g_z1      causal
 //          = xq w1' + b1'                                             not causal
 //   out    = xq + LN(z1_bar)
 //
 // Memory: reads the inputs once, writes `out` once, and w1, b1 of every `group`-th mini-batch for the backward.
-#include "linear_blocks.cuh"
+#include "linear_readers.cuh"
+#include "linear_recurrence.cuh"
 
 namespace ttt {
 

@@ -239,7 +239,8 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             fetch(begin, false);
             for (int n = begin;; n++) {
                 refresh();
-                fetched(n);
+                if (CAUSAL || n < end) fetched(n);
+                else sync();  // the weights after the group, for which nothing comes
                 {
                     const First<D> w1_r = round_first<T, D>(w1);
                     const Second<D> w2_r = round_second<T, D>(w2), w2_t = transpose(w2_r);

@@ -1,15 +1,13 @@
-// TTT-MLP forward: one block a chain (or SPLIT = 2, a cluster), the fast weights in registers as accumulators of their
-// own updates (mlp.cuh).
+// TTT-MLP forward, causal: one block a chain (or SPLIT = 2, a cluster), the fast weights in registers as accumulators of
+// their own updates (mlp.cuh).
 //
 // A mini-batch goes in chunks of 16 tokens. Every warp has its hidden columns of everything:
 //     1. z1 = xk w1 + b1, x2 = gelu(z1), its part of z2 = x2 w2     -> summed over warps through shared memory
 //        LayerNorm and inner gradient there, D / 4 lanes a token    -> g_z2 in shared memory
 //     2. g_x2 = g_z2 w2^T, g_z1 = g_x2 gelu'(z1); W1^T -= (eta lr g_z1)^T xk, W2^T -= (eta lr g_z2)^T x2
-// Causal, the read-out follows from the old weights: z1_bar = xq w1 + b1 - (eta (tril(xq xk^T) + tril(1))) g_z1, and
-// since z2_bar is linear in attn2 = x2_bar x2^T, a sum over f, every warp applies its own part of attn2 to g_z2 and
-// only z2_bar is summed. Not causal, the read-out of mini-batch n reads the weights that mini-batch n + 1 starts from,
-// and is computed beside its z2. A cluster hands over what its blocks summed, z2 to both and z2_bar of every other
-// chunk, once a mini-batch.
+// The read-out follows from the old weights: z1_bar = xq w1 + b1 - (eta (tril(xq xk^T) + tril(1))) g_z1, and since
+// z2_bar is linear in attn2 = x2_bar x2^T, a sum over f, every warp applies its own part of attn2 to g_z2 and only
+// z2_bar is summed. A cluster hands over what its blocks summed, z2 to both and z2_bar of every other chunk.
 //
 // Bytes: the inputs and out once; for the backward the fast weights of every `group`-th mini-batch in fp32 (8 D D + 4 D
 // floats in group M tokens), and x_hat (fp16) and rstd of both LayerNorms, 4 D + 8 bytes a token.
@@ -17,10 +15,10 @@
 
 namespace ttt {
 
-template <typename T, int D, int M, bool CAUSAL> struct ForwardShared {
+template <typename T, int D, int M> struct ForwardShared {
     using S = Sizes<D>;
     static constexpr int CHUNKS = M / CHUNK, TILE = M * S::ROW;
-    static constexpr int SQUARES = CAUSAL ? CHUNKS * (CHUNKS + 1) / 2 : 0;
+    static constexpr int SQUARES = CHUNKS * (CHUNKS + 1) / 2;
     T xq[2][TILE], xk[2][TILE], xv[2][TILE];
     T g_z2[TILE];
     T step_z2[TILE];  // -eta_last lr g_z2
@@ -31,12 +29,12 @@ template <typename T, int D, int M, bool CAUSAL> struct ForwardShared {
     Four mine[SPLIT == 1 ? 1 : SENT + SENT_BAR][SPLIT == 1 ? 1 : S::THREADS];
     Four sent[2][SPLIT == 1 ? 1 : SENT + SENT_BAR][SPLIT == 1 ? 1 : S::THREADS];
     uint32_t x2[CHUNKS][S::WARPS][SLOT_WORDS];
-    uint32_t slope[CHUNKS][S::WARPS][SLOT_WORDS];  // gelu'(z1), then causal g_z1
+    uint32_t slope[CHUNKS][S::WARPS][SLOT_WORDS];  // gelu'(z1), then g_z1
     uint32_t read[SQUARES + 1][128];        // -eta (attn1 + 1), squares of 16 tokens as A operands
     float lr[2][M], token_eta[M], b1[S::OWN], b2_part[S::WARPS][D];
 };
 
-template <typename T, int D, int M, bool CAUSAL>
+template <typename T, int D, int M>
 __global__ void TTT_CLUSTER
 __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ ForwardArguments a) {
     using S = Sizes<D>;
@@ -44,7 +42,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
     constexpr int PAIR = SPLIT;  // chunks whose products overlap in time, where there are registers for it
     static_assert(CHUNKS % PAIR == 0);
     TTT_SHARED(memory);
-    using Shared = ForwardShared<T, D, M, CAUSAL>;
+    using Shared = ForwardShared<T, D, M>;
     auto& s = *reinterpret_cast<Shared*>(memory);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int rank = SPLIT == 1 ? 0 : cluster_rank();
@@ -74,18 +72,14 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
     load_weights<D>(w1, w2, a.w1 + chain * F * D, a.w2 + chain * F * D, rank * S::OWN + warp * SLICE, lane);
     float* b1 = s.b1 + SLICE * warp;
 
-    // Not causal, the read-out is one mini-batch late, and so is xq.
-    constexpr int LATE = CAUSAL ? 0 : 1;
     float next_lr = 0;  // of token `thread`, on its way to shared memory
     auto fetch = [&](int n) {
         const int stage = n & 1;
-        const int64_t first = int64_t(n < LATE ? 0 : n - LATE) * M;
+        const int64_t first = int64_t(n) * M;
         load_tokens<T, D, M>(s.xq[stage], xq + first * a.xq.t, a.xq.t, a.aligned, thread);
-        if (n < N) {
-            load_tokens<T, D, M>(s.xk[stage], xk + int64_t(n) * M * a.xk.t, a.xk.t, a.aligned, thread);
-            load_tokens<T, D, M>(s.xv[stage], xv + int64_t(n) * M * a.xv.t, a.xv.t, a.aligned, thread);
-            if (thread < M) next_lr = to_float(lr[(int64_t(n) * M + thread) * a.lr.t]);
-        }
+        load_tokens<T, D, M>(s.xk[stage], xk + first * a.xk.t, a.xk.t, a.aligned, thread);
+        load_tokens<T, D, M>(s.xv[stage], xv + first * a.xv.t, a.xv.t, a.aligned, thread);
+        if (thread < M) next_lr = to_float(lr[(first + thread) * a.lr.t]);
         copy_async_commit();
     };
     int turn = 0;  // which of the two buffers of partial sums is next
@@ -115,46 +109,44 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
 
     fetch(0);
     if (SPLIT == 2) cluster_sync();  // both blocks have started
-    for (int n = 0; n < N + LATE; n++) {
+    for (int n = 0; n < N; n++) {
         const int stage = n & 1;
         copy_async_wait<0>();
         if (thread < M) s.lr[stage][thread] = next_lr;
         sync();
-        if (n + 1 < N + LATE) fetch(n + 1);
+        if (n + 1 < N) fetch(n + 1);
         // Of a cluster: the sum of both blocks, and z2_bar, which goes to the block that writes the chunk.
         auto both = [&](int k) {
             Four x = s.mine[k][thread], y = s.sent[n & 1][k][thread];
             return Four{x.x[0] + y.x[0], x.x[1] + y.x[1], x.x[2] + y.x[2], x.x[3] + y.x[3]};
         };
-        auto read = [&](const Four& z2_bar, const T* tile, int of, int c) {
-            if (SPLIT == 1) write_out(z2_bar, tile, of, c);
+        auto read = [&](const Four& z2_bar, const T* tile, int c) {
+            if (SPLIT == 1) write_out(z2_bar, tile, n, c);
             else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = z2_bar;
             else other->sent[n & 1][CHUNKS + c / 2][thread] = z2_bar;
         };
         const T *xq_tile = s.xq[stage], *xk_tile = s.xk[stage], *xv_tile = s.xv[stage];
         const float* lr_n = s.lr[stage];
-        if (n < N && n % a.group == 0) {
+        if (n % a.group == 0) {
             float* record =
                 a.saved + ((chain * ((N + a.group - 1) / a.group) + n / a.group) * SPLIT + rank) * S::RECORD;
             save_weights<D>(record, w1, w2, thread);
             if (thread < S::OWN) record[S::RECORD - S::OWN + thread] = s.b1[thread];
         }
-        if (CAUSAL) {
-            for (int square = warp; square < CHUNKS * (CHUNKS + 1) / 2; square += S::WARPS) {
-                int i = 0, j = square;
-                while (j > i) j -= ++i;
-                float p[2][4] = {};
-                row_scores<T, D>(p, xq_tile, CHUNK * i, xk_tile, CHUNK * j, lane);
+        for (int square = warp; square < CHUNKS * (CHUNKS + 1) / 2; square += S::WARPS) {
+            int i = 0, j = square;
+            while (j > i) j -= ++i;
+            float p[2][4] = {};
+            row_scores<T, D>(p, xq_tile, CHUNK * i, xk_tile, CHUNK * j, lane);
 #pragma unroll
-                for (int e = 0; e < 8; e++) {
-                    int row = CHUNK * i + g + e / 2 % 2 * 8, col = CHUNK * j + e / 4 * 8 + 2 * t + e % 2;
-                    float& x = p[e / 4][e % 4];
-                    x = row >= col ? -s.token_eta[row] * lr_n[col] * (x + 1) : 0.0f;
-                }
-                uint32_t packed[4];
-                round_scores<T>(packed, p);
-                reinterpret_cast<Words*>(s.read[square])[lane] = {packed[0], packed[1], packed[2], packed[3]};
+            for (int e = 0; e < 8; e++) {
+                int row = CHUNK * i + g + e / 2 % 2 * 8, col = CHUNK * j + e / 4 * 8 + 2 * t + e % 2;
+                float& x = p[e / 4][e % 4];
+                x = row >= col ? -s.token_eta[row] * lr_n[col] * (x + 1) : 0.0f;
             }
+            uint32_t packed[4];
+            round_scores<T>(packed, p);
+            reinterpret_cast<Words*>(s.read[square])[lane] = {packed[0], packed[1], packed[2], packed[3]};
         }
 
         // 1. z2 and g_z2.
@@ -178,89 +170,67 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
         {
             const First<D> w1_r = round_first<T, D>(w1);
             const Second<D> w2_r = round_second<T, D>(w2);
-            // In the first round z1_bar is of no use, in the last z1: without a branch all of them overlap in time.
 #pragma unroll 1
             for (int c = 0; c < CHUNKS; c += PAIR) {
-                constexpr int READS = CAUSAL ? 1 : 2, COUNT = PAIR * READS;
-                Columns x[COUNT];  // x2 and x2_bar of a chunk, then of the next
+                Columns x2[PAIR];
                 {
-                    float z[COUNT][FT][4], slope[PAIR][FT][4];
+                    float z1[PAIR][FT][4];
 #pragma unroll
-                    for (int k = 0; k < COUNT; k++) {
-                        start_columns(z[k], b1, t);
-                        const T* tile = k % READS ? xq_tile : xk_tile;
-                        times_first<T, D>(z[k], tile, CHUNK * (c + k / READS), w1_r, lane);
+                    for (int p = 0; p < PAIR; p++) {
+                        start_columns(z1[p], b1, t);
+                        times_first<T, D>(z1[p], xk_tile, CHUNK * (c + p), w1_r, lane);
                     }
 #pragma unroll
-                    for (int k = 0; k < COUNT; k++) {
+                    for (int p = 0; p < PAIR; p++) {
+                        float slope[FT][4];
 #pragma unroll
                         for (int e = 0; e < 4 * FT; e++) {
-                            float& y = z[k][e / 4][e % 4];
-                            if (k % READS) y *= gelu_sigmoid(y);
-                            else {
-                                const Gelu both = gelu_first(y);
-                                y = both.value, slope[k / READS][e / 4][e % 4] = both.first;
-                            }
+                            const Gelu y = gelu_first(z1[p][e / 4][e % 4]);
+                            z1[p][e / 4][e % 4] = y.value, slope[e / 4][e % 4] = y.first;
                         }
-                        x[k] = round_columns<T>(z[k]);
-                    }
-#pragma unroll
-                    for (int k = 0; k < PAIR; k++) {
-                        keep(s.x2[c + k][warp], x[k * READS], lane);
-                        keep(s.slope[c + k][warp], round_columns<fp16>(slope[k]), lane);
+                        x2[p] = round_columns<T>(z1[p]);
+                        keep(s.x2[c + p][warp], x2[p], lane);
+                        keep(s.slope[c + p][warp], round_columns<fp16>(slope), lane);
                     }
                 }
                 float part[D / 8][4] = {};
-                times_second<T, D>(part, x[0], w2_r);
+                times_second<T, D>(part, x2[0], w2_r);
 #pragma unroll
-                for (int k = 0; k < COUNT; k++) {
-                    const int chunk = c + k / READS;
+                for (int p = 0; p < PAIR; p++) {
                     post(part);
-                    if (k + 1 < COUNT) {
+                    if (p + 1 < PAIR) {
                         for (int e = 0; e < D / 2; e++) part[e / 4][e % 4] = 0;
-                        times_second<T, D>(part, x[k + 1], w2_r);
+                        times_second<T, D>(part, x2[p + 1], w2_r);
                     }
                     const Four sum = take();
-                    if (k % READS) {
-                        if (n > 0) read(sum, xq_tile, n - 1, chunk);
-                    } else if (SPLIT == 2) {
-                        s.mine[chunk][thread] = sum;
-                        other->sent[n & 1][chunk][thread] = sum;
-                    } else if (n < N) inner_gradient(sum, chunk);
+                    if (SPLIT == 2) s.mine[c + p][thread] = sum, other->sent[n & 1][c + p][thread] = sum;
+                    else inner_gradient(sum, c + p);
                 }
             }
         }
         if (SPLIT == 2) {
             cluster_sync();
-            if (n < N) {
 #pragma unroll
-                for (int c = 0; c < CHUNKS; c++) inner_gradient(both(c), c);
-            }
-            if (!CAUSAL && n > 0) {
-#pragma unroll
-                for (int c = 0; c < CHUNKS; c += 2)
-                    if (c + rank < CHUNKS) write_out(both(CHUNKS + c / 2), xq_tile, n - 1, c + rank);
-            }
+            for (int c = 0; c < CHUNKS; c++) inner_gradient(both(c), c);
         }
-        if (n == N) break;
 #pragma unroll
         for (int i = 0; i < 4; i++) step_b2[i] = sum_tokens<D>(step_b2[i]);
         if (lane < S::LANES)
             *reinterpret_cast<Four*>(&s.b2_part[warp][at.d]) = {step_b2[0], step_b2[1], step_b2[2], step_b2[3]};
         sync();
 
-        // 2. g_z1; causal, the read-out; the updates.
+        // 2. g_z1, the read-out, the updates.
         float step_b1[2 * FT] = {};
         {
             const Second<D> w2_t = transpose(round_second<T, D>(w2));
 #pragma unroll 1
             for (int c = 0; c < CHUNKS; c += PAIR) {
                 float g_z1[PAIR][FT][4] = {};
-                Columns slope[PAIR], x2[PAIR];
+                Columns slope[PAIR];
 #pragma unroll
                 for (int p = 0; p < PAIR; p++) {
                     times_second_t<T, D>(g_z1[p], s.g_z2, CHUNK * (c + p), w2_t, lane);
-                    slope[p] = kept(s.slope[c + p][warp], lane), x2[p] = kept(s.x2[c + p][warp], lane);
+                    slope[p] = kept(s.slope[c + p][warp], lane);
                 }
 #pragma unroll
                 for (int p = 0; p < PAIR; p++) {
@@ -274,79 +244,71 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
                             float &lo = g_z1[p][k][2 * h], &hi = g_z1[p][k][2 * h + 1];
                             lo *= y.x, hi *= y.y;
                             step_b1[2 * k] += step[h] * lo, step_b1[2 * k + 1] += step[h] * hi;
-                            if (!CAUSAL) lo *= step[h], hi *= step[h];
                         }
-                    const Columns g_z1_t = transpose(round_columns<T>(g_z1[p]));
-                    if (CAUSAL) keep(s.slope[c + p][warp], g_z1_t, lane);
-                    else {
-                        update_first<T, D>(w1, g_z1_t, xk_tile, CHUNK * (c + p), lane);
-                        update_second<T, D>(w2, transpose(x2[p]), s.step_z2, CHUNK * (c + p), lane);
-                    }
+                    keep(s.slope[c + p][warp], transpose(round_columns<T>(g_z1[p])), lane);
                 }
             }
         }
-        if (CAUSAL) {
-            {
-                const First<D> w1_r = round_first<T, D>(w1);
-                const Second<D> w2_r = round_second<T, D>(w2);
-#pragma unroll 1
-                for (int c = 0; c < CHUNKS; c++) {
-                    float z1_bar[FT][4];
-                    start_columns(z1_bar, b1, t);
-                    times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
-#pragma unroll 1
-                    for (int j = 0; j <= c; j++) {
-                        const Words p = reinterpret_cast<const Words*>(s.read[c * (c + 1) / 2 + j])[lane];
-                        times_columns<T>(z1_bar, p.x, kept(s.slope[j][warp], lane));
-                    }
-#pragma unroll
-                    for (int e = 0; e < 4 * FT; e++) {
-                        float& z = z1_bar[e / 4][e % 4];
-                        z *= gelu_sigmoid(z);
-                    }
-                    const Columns x2_bar = round_columns<T>(z1_bar);
-                    float part[D / 8][4] = {};
-                    times_second<T, D>(part, x2_bar, w2_r);
-#pragma unroll 1
-                    for (int j = 0; j <= c; j++) {
-                        float p[2][4] = {};
-                        scores<T>(p, x2_bar, kept(s.x2[j][warp], lane));
-#pragma unroll
-                        for (int e = 0; e < 8; e++) {
-                            int row = CHUNK * c + g + e / 2 % 2 * 8, col = CHUNK * j + e / 4 * 8 + 2 * t + e % 2;
-                            float& x = p[e / 4][e % 4];
-                            x = row >= col ? -s.token_eta[row] * lr_n[col] * (x + (warp + rank == 0 ? 1.0f : 0.0f))
-                                           : 0.0f;
-                        }
-                        uint32_t packed[4];
-                        round_scores<T>(packed, p);
-                        times_rows<T, D>(part, packed, s.g_z2, CHUNK * j, lane);
-                    }
-                    post(part);
-                    read(take(), xq_tile, n, c);
-                }
-            }
-            if (SPLIT == 2) {
-                cluster_sync();
-#pragma unroll 1
-                for (int c = rank; c < CHUNKS; c += 2) write_out(both(CHUNKS + c / 2), xq_tile, n, c);
-            }
+        {
+            const First<D> w1_r = round_first<T, D>(w1);
+            const Second<D> w2_r = round_second<T, D>(w2);
 #pragma unroll 1
             for (int c = 0; c < CHUNKS; c++) {
-                Columns g_z1_t = kept(s.slope[c][warp], lane);
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const int row = CHUNK * c + 8 * h + 2 * t;
-                    const float lo = -eta_last * lr_n[row], hi = -eta_last * lr_n[row + 1];
-#pragma unroll
-                    for (int k = 0; k < FT; k++) {
-                        float2 y = unpack<T>(g_z1_t.x[k][h]);
-                        g_z1_t.x[k][h] = pack<T>(lo * y.x, hi * y.y);
-                    }
+                float z1_bar[FT][4];
+                start_columns(z1_bar, b1, t);
+                times_first<T, D>(z1_bar, xq_tile, CHUNK * c, w1_r, lane);
+#pragma unroll 1
+                for (int j = 0; j <= c; j++) {
+                    const Words p = reinterpret_cast<const Words*>(s.read[c * (c + 1) / 2 + j])[lane];
+                    times_columns<T>(z1_bar, p.x, kept(s.slope[j][warp], lane));
                 }
-                update_first<T, D>(w1, g_z1_t, xk_tile, CHUNK * c, lane);
-                update_second<T, D>(w2, transpose(kept(s.x2[c][warp], lane)), s.step_z2, CHUNK * c, lane);
+#pragma unroll
+                for (int e = 0; e < 4 * FT; e++) {
+                    float& z = z1_bar[e / 4][e % 4];
+                    z *= gelu_sigmoid(z);
+                }
+                const Columns x2_bar = round_columns<T>(z1_bar);
+                float part[D / 8][4] = {};
+                times_second<T, D>(part, x2_bar, w2_r);
+#pragma unroll 1
+                for (int j = 0; j <= c; j++) {
+                    float p[2][4] = {};
+                    scores<T>(p, x2_bar, kept(s.x2[j][warp], lane));
+#pragma unroll
+                    for (int e = 0; e < 8; e++) {
+                        int row = CHUNK * c + g + e / 2 % 2 * 8, col = CHUNK * j + e / 4 * 8 + 2 * t + e % 2;
+                        float& x = p[e / 4][e % 4];
+                        x = row >= col ? -s.token_eta[row] * lr_n[col] * (x + (warp + rank == 0 ? 1.0f : 0.0f))
+                                       : 0.0f;
+                    }
+                    uint32_t packed[4];
+                    round_scores<T>(packed, p);
+                    times_rows<T, D>(part, packed, s.g_z2, CHUNK * j, lane);
+                }
+                post(part);
+                read(take(), xq_tile, c);
             }
+        }
+        if (SPLIT == 2) {
+            cluster_sync();
+#pragma unroll 1
+            for (int c = rank; c < CHUNKS; c += 2) write_out(both(CHUNKS + c / 2), xq_tile, n, c);
+        }
+#pragma unroll 1
+        for (int c = 0; c < CHUNKS; c++) {
+            Columns g_z1_t = kept(s.slope[c][warp], lane);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int row = CHUNK * c + 8 * h + 2 * t;
+                const float lo = -eta_last * lr_n[row], hi = -eta_last * lr_n[row + 1];
+#pragma unroll
+                for (int k = 0; k < FT; k++) {
+                    float2 y = unpack<T>(g_z1_t.x[k][h]);
+                    g_z1_t.x[k][h] = pack<T>(lo * y.x, hi * y.y);
+                }
+            }
+            update_first<T, D>(w1, g_z1_t, xk_tile, CHUNK * c, lane);
+            update_second<T, D>(w2, transpose(kept(s.x2[c][warp], lane)), s.step_z2, CHUNK * c, lane);
         }
         sync_warp();  // every lane has read b1
         const float step = sum_columns(step_b1, lane);

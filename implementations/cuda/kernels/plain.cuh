@@ -91,8 +91,11 @@ template <int ROWS, int COLUMNS> struct Part {
         }
     }
     TTT_INLINE void scale(float factor) {
+        scale_rows([&](int) { return factor; });
+    }
+    template <typename F> TTT_INLINE void scale_rows(F factor) {
         for (int u = 0; u < SIDE; u++)
-            for (int v = 0; v < SIDE; v++) sum[u][v] *= factor;
+            for (int v = 0; v < SIDE; v++) sum[u][v] *= factor(i0 + u);
     }
     template <typename F> TTT_INLINE void each(F f) const {
         for (int u = 0; u < SIDE; u++)
@@ -112,14 +115,18 @@ template <int ROWS, int COLUMNS, typename F> TTT_INLINE void product(F body) {
 
 // --- Columns: sums over tokens, and the rounding that has to come after them ---
 
-// The sum of the ROWS numbers of a column, which are rounded after.
-template <typename T, int ROWS, int WIDTH> TTT_INLINE float sum_and_round(Tile<WIDTH> tile, int j) {
+// The sum of the ROWS numbers of a column, each times its row's factor; they are rounded after.
+template <typename T, int ROWS, int WIDTH, typename F>
+TTT_INLINE float sum_and_round(Tile<WIDTH> tile, int j, F factor) {
     float sum = 0;
     for (int i = 0; i < ROWS; i++) {
-        sum += tile(i, j);
+        sum += factor(i) * tile(i, j);
         tile(i, j) = rounded<T>(tile(i, j));
     }
     return sum;
+}
+template <typename T, int ROWS, int WIDTH> TTT_INLINE float sum_and_round(Tile<WIDTH> tile, int j) {
+    return sum_and_round<T, ROWS>(tile, j, [](int) { return 1.0f; });
 }
 
 // --- Rows: each of a warp's lanes has every 32nd number of a token ---

@@ -1,11 +1,11 @@
 // TTT-MLP with shared memory and FMA: read plain_linear.cu and implementations/torch/ttt_mlp.py first.
 //
-// One block a chain, in steps with a barrier between them; fp32 arithmetic, what a product takes rounded. The inner
-// learning rate goes into the gradients once, h2 = lr * g_z2, and since g_z1 is linear in g_z2,
-//     h1 = lr * g_z1 = (h2 w2^T) * gelu'(z1) = u * gelu'(z1)
-//     z1_bar = xq w1 + b1 - eta_i (tril(xq xk^T) + tril(1)) h1,        w1' = w1 - eta_last xk^T h1
-//     z2_bar = x2_bar w2 + b2 - eta_i (tril(x2_bar x2^T) + tril(1)) h2,  w2' = w2 - eta_last x2^T h2
-// Without causality there is no tril, and eta_last is every eta_i. What does not fit into shared memory of the
+// One block a chain, in steps with a barrier between them; fp32 arithmetic, and products take numbers rounded where that
+// page rounds them: a token whose z2_bar hardly varies over D magnifies each rounding, and its error is then the same.
+//     g_z1   = (g_z2 w2^T) * gelu'(z1) = u * gelu'(z1)
+//     z1_bar = xq w1 + b1 - (eta * (tril(xq xk^T) + tril(1))) g_z1,        w1' = w1 - eta_last (lr * xk)^T g_z1
+//     z2_bar = x2_bar w2 + b2 - (eta * (tril(x2_bar x2^T) + tril(1))) g_z2,  w2' = w2 - eta_last (lr * x2)^T g_z2
+// Without causality there is no tril, and eta_last is every token_eta[i]. What does not fit into shared memory of the
 // 8 D (D + 1) fast weights, their cotangents and the tiles [M F] lies in the chain's scratch, in the L2 cache.
 #include "plain.cuh"
 
@@ -66,16 +66,16 @@ TTT_INLINE float gelu_second(float z) {
 
 template <int D, int M> struct Tiles {
     static constexpr int F = 4 * D;
-    Tile<D> xk, h2, z2, xq, target;
+    Tile<D> xk, g2, z2, xq, target;  // g2, g1: g_z2 and g_z1, rounded
     Tile<M> attn;
     Tile<D> w2;  // the weights before the tiles [M F]: they are read by columns too, which only shared memory does well
-    Tile<F> w1, x2, h1, x2_bar, z1;
-    float *b1, *b2;
+    Tile<F> w1, x2, g1, x2_bar, z1;
+    float *b1, *b2, *lr;
     TTT_INLINE explicit Tiles(Arena& arena)
-        : xk(arena.tile<M, D>()), h2(arena.tile<M, D>()), z2(arena.tile<M, D>()), xq(arena.tile<M, D>()),
+        : xk(arena.tile<M, D>()), g2(arena.tile<M, D>()), z2(arena.tile<M, D>()), xq(arena.tile<M, D>()),
           target(arena.tile<M, D>()), attn(arena.tile<M, M>()), w2(arena.tile<F, D>()), w1(arena.tile<D, F>()),
-          x2(arena.tile<M, F>()), h1(arena.tile<M, F>()), x2_bar(arena.tile<M, F>()), z1(arena.tile<M, F>()),
-          b1(arena.take(F)), b2(arena.take(D)) {}
+          x2(arena.tile<M, F>()), g1(arena.tile<M, F>()), x2_bar(arena.tile<M, F>()), z1(arena.tile<M, F>()),
+          b1(arena.take(F)), b2(arena.take(D)), lr(arena.take(M)) {}
 };
 
 // One chain's inputs, and one mini-batch of it.
@@ -88,9 +88,12 @@ template <typename T, int D, int M, bool CAUSAL> struct Chain {
     TTT_INLINE explicit Chain(const Inputs<T>& in)
         : in(in), batch(blockIdx.x / in.heads), head(blockIdx.x % in.heads), gamma(in.ln_weight + head * D),
           beta(in.ln_bias + head * D), eta_last(in.token_eta[M - 1]) {}
-    TTT_INLINE float eta(int i) const { return CAUSAL ? in.token_eta[i] : eta_last; }
+    TTT_INLINE float eta(int i) const { return CAUSAL ? in.token_eta[i] : eta_last; }  // less lr
     TTT_INLINE bool reads(int i, int j) const { return j <= i || !CAUSAL; }
-    TTT_INLINE float lr(int64_t n, int i) const { return to_float(*in.lr.token(batch, head, n * M + i)); }
+    // What token i subtracts of the gradient of token j, from x = x_bar_i x_j^T.
+    TTT_INLINE float score(const Tiles<D, M>& s, int i, int j, float x) const {
+        return reads(i, j) ? rounded<T>(eta(i) * s.lr[j] * (x + 1)) : 0;
+    }
     TTT_INLINE int64_t row(int64_t n, int i) const {  // of a contiguous B T H
         return ((batch * in.mini_batches + n) * M + i) * in.heads + head;
     }
@@ -100,6 +103,7 @@ template <typename T, int D, int M, bool CAUSAL> struct Chain {
         load<M>(s.xk, in.xk.token(batch, head, n * M), in.xk.t);
         load<M>(s.target, in.xv.token(batch, head, n * M), in.xv.t);
         for (int x = threadIdx.x; x < M * D; x += THREADS) s.target(x / D, x % D) -= s.xk(x / D, x % D);
+        for (int i = threadIdx.x; i < M; i += THREADS) s.lr[i] = to_float(*in.lr.token(batch, head, n * M + i));
         load_weights<T, D>(s.w1, from.w1, keep.w1);
         load_bias<F>(s.b1, from.b1, keep.b1);
         load_weights<T, F>(s.w2, from.w2, keep.w2);
@@ -132,35 +136,34 @@ template <typename T, int D, int M, bool CAUSAL> struct Chain {
         if (READ)
             product<M, M>([&](auto& part) {
                 part.template add<D>(s.xq, transpose(s.xk));
-                part.each([&](int i, int j, float x) { s.attn(i, j) = reads(i, j) ? rounded<T>(eta(i) * (x + 1)) : 0; });
+                part.each([&](int i, int j, float x) { s.attn(i, j) = score(s, i, j, x); });
             });
         for_rows<M>([&](int i) {
-            inner_gradient<D>(s.z2.row(i), s.target.row(i), gamma, beta, s.h2.row(i), in.eps);
-            const float rate = lr(n, i);
-            for_lane<D>([&](int d) { s.h2(i, d) *= rate; });
+            inner_gradient<D>(s.z2.row(i), s.target.row(i), gamma, beta, s.g2.row(i), in.eps);
         });
         sync();
-        for (int j = threadIdx.x; j < D; j += THREADS) to.b2[j] = s.b2[j] - eta_last * sum_and_round<T, M>(s.h2, j);
+        auto lr = [&](int i) { return s.lr[i]; };
+        for (int j = threadIdx.x; j < D; j += THREADS) to.b2[j] = s.b2[j] - eta_last * sum_and_round<T, M>(s.g2, j, lr);
         sync();
 
         product<M, F>([&](auto& part) {
-            part.template add<D>(s.h2, transpose(s.w2));
-            part.each([&](int i, int j, float x) { s.h1(i, j) = x * gelu_first(s.z1(i, j)); });
+            part.template add<D>(s.g2, transpose(s.w2));
+            part.each([&](int i, int j, float x) { s.g1(i, j) = x * gelu_first(s.z1(i, j)); });
         });
         product<F, D>([&](auto& part) {
-            part.template add<M>(transpose(s.x2), s.h2);
+            part.template add<M>([&](int f, int i) { return rounded<T>(s.lr[i] * s.x2(i, f)); }, s.g2);
             part.each([&](int i, int j, float x) { to.w2[i * D + j] = from.w2[i * D + j] - eta_last * x; });
         });
         sync();
-        for (int j = threadIdx.x; j < F; j += THREADS) to.b1[j] = s.b1[j] - eta_last * sum_and_round<T, M>(s.h1, j);
+        for (int j = threadIdx.x; j < F; j += THREADS) to.b1[j] = s.b1[j] - eta_last * sum_and_round<T, M>(s.g1, j, lr);
         sync();
         product<D, F>([&](auto& part) {
-            part.template add<M>(transpose(s.xk), s.h1);
+            part.template add<M>([&](int d, int i) { return rounded<T>(s.lr[i] * s.xk(i, d)); }, s.g1);
             part.each([&](int i, int j, float x) { to.w1[i * F + j] = from.w1[i * F + j] - eta_last * x; });
         });
         if (READ) {
             product<M, F>([&](auto& part) {
-                part.template add<M>(s.attn, s.h1);
+                part.template add<M>(s.attn, s.g1);
                 part.scale(-1);
                 part.template add<D>(s.xq, s.w1);
                 part.each([&](int i, int j, float x) { s.x2_bar(i, j) = rounded<T>(gelu(x + s.b1[j])); });
@@ -168,11 +171,11 @@ template <typename T, int D, int M, bool CAUSAL> struct Chain {
             sync();
             product<M, M>([&](auto& part) {
                 part.template add<F>(s.x2_bar, transpose(s.x2));
-                part.each([&](int i, int j, float x) { s.attn(i, j) = reads(i, j) ? rounded<T>(eta(i) * (x + 1)) : 0; });
+                part.each([&](int i, int j, float x) { s.attn(i, j) = score(s, i, j, x); });
             });
             sync();
             product<M, D>([&](auto& part) {
-                part.template add<M>(s.attn, s.h2);
+                part.template add<M>(s.attn, s.g2);
                 part.scale(-1);
                 part.template add<F>(s.x2_bar, s.w2);
                 part.each([&](int i, int j, float x) { s.z2(i, j) = x + s.b2[j]; });
@@ -208,7 +211,7 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
     TTT_SHARED(shared);
     Arena arena{reinterpret_cast<float*>(shared), a.in.scratch + blockIdx.x * a.in.scratch_size};
     const Tiles<D, M> s(arena);
-    const auto d_z2_bar = arena.tile<M, D>(), d_h2 = arena.tile<M, D>(), g_z2 = arena.tile<M, D>();
+    const auto d_z2_bar = arena.tile<M, D>(), d_g2 = arena.tile<M, D>(), g_z2 = arena.tile<M, D>();
     const auto attn1 = arena.tile<M, M>(), attn1_eta = arena.tile<M, M>(), d_attn1 = arena.tile<M, M>();
     const auto attn2_eta = arena.tile<M, M>(), d_attn2 = arena.tile<M, M>();
     const auto x_hat_bar = arena.tile<M, D>(), pulled2 = arena.tile<M, D>(), d_out = arena.tile<M, D>();
@@ -216,7 +219,7 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
     const auto d_w1 = arena.tile<D, F>();
     const auto d_z1_bar = arena.tile<M, F>(), d_z1 = arena.tile<M, F>(), d_u = arena.tile<M, F>();
     const auto u = arena.tile<M, F>(), z1_bar = arena.tile<M, F>();
-    float *d_b1 = arena.take(F), *d_b2 = arena.take(D), *rstd = arena.take(M);
+    float *d_b1 = arena.take(F), *d_b2 = arena.take(D), *rstd = arena.take(M), *d_lr = arena.take(M);
 
     const Chain<T, D, M, CAUSAL> chain(a.in);
     const float *gamma = chain.gamma, *beta = chain.beta, eta_last = chain.eta_last;
@@ -248,25 +251,24 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
                 part.template add<D>(s.xq, transpose(s.xk));
                 part.each([&](int i, int j, float x) {
                     attn1(i, j) = chain.reads(i, j) ? x + 1 : 0;
-                    attn1_eta(i, j) = rounded<T>(chain.eta(i) * attn1(i, j));
+                    attn1_eta(i, j) = chain.score(s, i, j, x);
                 });
             });
             for_rows<M>([&](int i) {
                 rstd[i] = inner_gradient<D>(s.z2.row(i), s.target.row(i), gamma, beta, g_z2.row(i), a.in.eps);
-                const float rate = chain.lr(n, i);
-                for_lane<D>([&](int d) { s.h2(i, d) = rounded<T>(rate * g_z2(i, d)); });
+                for_lane<D>([&](int d) { s.g2(i, d) = rounded<T>(g_z2(i, d)); });
             });
             sync();
             product<M, F>([&](auto& part) {
-                part.template add<D>(s.h2, transpose(s.w2));
+                part.template add<D>(s.g2, transpose(s.w2));
                 part.each([&](int i, int j, float x) {
                     u(i, j) = x;
-                    s.h1(i, j) = rounded<T>(x * gelu_first(s.z1(i, j)));
+                    s.g1(i, j) = rounded<T>(x * gelu_first(s.z1(i, j)));
                 });
             });
             sync();
             product<M, F>([&](auto& part) {
-                part.template add<M>(attn1_eta, s.h1);
+                part.template add<M>(attn1_eta, s.g1);
                 part.scale(-1);
                 part.template add<D>(s.xq, s.w1);
                 part.each([&](int i, int j, float x) {
@@ -279,12 +281,12 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
                 part.template add<F>(s.x2_bar, transpose(s.x2));
                 part.each([&](int i, int j, float x) {
                     s.attn(i, j) = chain.reads(i, j) ? x + 1 : 0;
-                    attn2_eta(i, j) = rounded<T>(chain.eta(i) * s.attn(i, j));
+                    attn2_eta(i, j) = chain.score(s, i, j, x);
                 });
             });
             sync();
             product<M, D>([&](auto& part) {
-                part.template add<M>(attn2_eta, s.h2);
+                part.template add<M>(attn2_eta, s.g2);
                 part.scale(-1);
                 part.template add<F>(s.x2_bar, s.w2);
                 part.each([&](int i, int j, float x) { x_hat_bar(i, j) = x + s.b2[j]; });
@@ -310,9 +312,9 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
             }
             sync();
 
-            // The second layer's read-out, and what its update sends to -eta_last h2.
+            // The second layer's read-out, and what its update sends to -eta_last lr g_z2.
             product<M, M>([&](auto& part) {
-                part.template add<D>(d_z2_bar, transpose(s.h2));
+                part.template add<D>(d_z2_bar, transpose(s.g2));
                 part.each([&](int i, int j, float x) { d_attn2(i, j) = chain.reads(i, j) ? -x : 0; });
             });
             product<M, D>([&](auto& part) {
@@ -321,27 +323,32 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
             });
             sync();
             for_rows<M>([&](int i) {
-                const float read = row_sum<M>([&](int j) { return d_attn2(i, j) * s.attn(i, j); });
-                const float update = row_sum<D>([&](int d) { return -pulled2(i, d) * s.h2(i, d); });
+                const float read = row_sum<M>([&](int j) { return d_attn2(i, j) * s.attn(i, j) * s.lr[j]; });
+                const float update = row_sum<D>([&](int d) { return -pulled2(i, d) * g_z2(i, d); });
+                const float column = row_sum<M>([&](int j) { return d_attn2(j, i) * s.attn(j, i) * chain.eta(j); });
                 if (threadIdx.x % 32 == 0) {
                     sums[i] += read;
-                    sums[M + i] += update;
+                    sums[M + i] += s.lr[i] * update;
+                    d_lr[i] = column + eta_last * update;
                 }
-                for_lane<M>([&](int j) { d_attn2(i, j) = rounded<T>(d_attn2(i, j) * chain.eta(i)); });
             });
             sync();
+            for_rows<M>([&](int i) {
+                for_lane<M>([&](int j) { d_attn2(i, j) = rounded<T>(d_attn2(i, j) * chain.eta(i) * s.lr[j]); });
+            });
             product<M, D>([&](auto& part) {
                 part.template add<M>(transpose(attn2_eta), d_z2_bar);
-                part.each([&](int i, int j, float x) { d_h2(i, j) = -x - eta_last * pulled2(i, j); });
+                part.each([&](int i, int j, float x) { d_g2(i, j) = -x - eta_last * s.lr[i] * pulled2(i, j); });
             });
+            sync();
             product<M, F>([&](auto& part) {
                 part.template add<D>(d_z2_bar, transpose(s.w2));
                 part.template add<M>(d_attn2, s.x2);
                 part.each([&](int i, int j, float x) { d_z1_bar(i, j) = x * gelu_first(z1_bar(i, j)); });
             });
             product<M, F>([&](auto& part) {  // d_x2, of which more comes
-                part.template add<D>(s.h2, transpose(d_w2));
-                part.scale(-eta_last);
+                part.template add<D>(s.g2, transpose(d_w2));
+                part.scale_rows([&](int i) { return -eta_last * s.lr[i]; });
                 part.template add<M>(transpose(d_attn2), s.x2_bar);
                 part.each([&](int i, int j, float x) { d_z1(i, j) = x; });
             });
@@ -351,7 +358,7 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
 
             // The first layer's, in the same way.
             product<M, M>([&](auto& part) {
-                part.template add<F>(d_z1_bar, transpose(s.h1));
+                part.template add<F>(d_z1_bar, transpose(s.g1));
                 part.each([&](int i, int j, float x) { d_attn1(i, j) = chain.reads(i, j) ? -x : 0; });
             });
             product<M, F>([&](auto& part) {
@@ -360,23 +367,28 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
             });
             sync();
             for_rows<M>([&](int i) {
-                const float read = row_sum<M>([&](int j) { return d_attn1(i, j) * attn1(i, j); });
-                const float update = row_sum<F>([&](int f) { return -d_u(i, f) * s.h1(i, f); });
+                const float read = row_sum<M>([&](int j) { return d_attn1(i, j) * attn1(i, j) * s.lr[j]; });
+                const float update = row_sum<F>([&](int f) { return -d_u(i, f) * u(i, f) * gelu_first(s.z1(i, f)); });
+                const float column = row_sum<M>([&](int j) { return d_attn1(j, i) * attn1(j, i) * chain.eta(j); });
                 if (threadIdx.x % 32 == 0) {
                     sums[i] += read;
-                    sums[M + i] += update;
+                    sums[M + i] += s.lr[i] * update;
+                    a.d_lr[chain.row(n, i)] = from_float<T>(d_lr[i] + column + eta_last * update);
                 }
-                for_lane<M>([&](int j) { d_attn1(i, j) = rounded<T>(d_attn1(i, j) * chain.eta(i)); });
             });
             sync();
-            product<M, F>([&](auto& part) {  // d_h1, and with h1 = u gelu'(z1) what goes to u and, into z1_bar, to z1
+            for_rows<M>([&](int i) {
+                for_lane<M>([&](int j) { d_attn1(i, j) = rounded<T>(d_attn1(i, j) * chain.eta(i) * s.lr[j]); });
+            });
+            product<M, F>([&](auto& part) {  // d_g1, and with g1 = u gelu'(z1) what goes to u and, into z1_bar, to z1
                 part.template add<M>(transpose(attn1_eta), d_z1_bar);
                 part.each([&](int i, int j, float x) {
-                    const float d_h1 = -x - eta_last * d_u(i, j);
-                    d_u(i, j) = rounded<T>(d_h1 * gelu_first(s.z1(i, j)));
-                    z1_bar(i, j) = d_h1 * u(i, j) * gelu_second(s.z1(i, j));
+                    const float d_g1 = -x - eta_last * s.lr[i] * d_u(i, j);
+                    d_u(i, j) = rounded<T>(d_g1 * gelu_first(s.z1(i, j)));
+                    z1_bar(i, j) = d_g1 * u(i, j) * gelu_second(s.z1(i, j));
                 });
             });
+            sync();
             product<M, D>([&](auto& part) {
                 part.template add<F>(d_z1_bar, transpose(s.w1));
                 part.template add<M>(d_attn1, s.xk);
@@ -385,18 +397,15 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
                 });
             });
             sync();
-            product<M, D>([&](auto& part) {  // u = h2 w2^T
+            product<M, D>([&](auto& part) {  // u = g2 w2^T
                 part.template add<F>(d_u, s.w2);
-                part.each([&](int i, int j, float x) { d_h2(i, j) += x; });
+                part.each([&](int i, int j, float x) { d_g2(i, j) += x; });
             });
             sync();
 
-            // h2 = lr * g_z2, and the inner gradient's second order.
+            // The inner gradient's second order: d_g2 becomes d_z2.
             for_rows<M>([&](int i) {
-                const float d_lr = row_sum<D>([&](int d) { return d_h2(i, d) * g_z2(i, d); }), rate = chain.lr(n, i);
-                if (threadIdx.x % 32 == 0) a.d_lr[chain.row(n, i)] = from_float<T>(d_lr);
-                for_lane<D>([&](int d) { d_h2(i, d) *= rate; });  // d_g_z2, then d_z2
-                inner_gradient_backward<D>(d_h2.row(i), g_z2.row(i), s.z2.row(i), rstd[i], s.target.row(i), gamma, beta,
+                inner_gradient_backward<D>(d_g2.row(i), g_z2.row(i), s.z2.row(i), rstd[i], s.target.row(i), gamma, beta,
                                            pulled2.row(i));
             });
             sync();
@@ -408,21 +417,21 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
                 }
                 d_gamma += sum_gamma;
                 d_beta += sum_beta;
-                d_first.b2[j] += sum_and_round<T, M>(d_h2, j);
+                d_first.b2[j] += sum_and_round<T, M>(d_g2, j);
             }
             sync();
 
             // z2 = gelu(z1) w2 + b2
             product<M, F>([&](auto& part) {
-                part.template add<D>(d_h2, transpose(s.w2));
+                part.template add<D>(d_g2, transpose(s.w2));
                 part.each([&](int i, int j, float x) {
                     d_z1(i, j) = (d_z1(i, j) + x) * gelu_first(s.z1(i, j)) + z1_bar(i, j);
                 });
             });
             product<F, D>([&](auto& part) {
                 part.template add<M>(transpose(s.x2_bar), d_z2_bar);
-                part.template add<M>(transpose(s.x2), d_h2);
-                part.template add<M>(transpose(d_u), s.h2);
+                part.template add<M>(transpose(s.x2), d_g2);
+                part.template add<M>(transpose(d_u), s.g2);
                 part.each([&](int i, int j, float x) { d_first.w2[i * D + j] = d_state.w2[i * D + j] + x; });
             });
             sync();
@@ -431,8 +440,8 @@ __global__ void __launch_bounds__(THREADS, 1) mlp_backward(const __grid_constant
 
             // z1 = xk w1 + b1
             product<M, D>([&](auto& part) {
-                part.template add<F>(s.h1, transpose(d_w1));
-                part.scale(-eta_last);
+                part.template add<F>(s.g1, transpose(d_w1));
+                part.scale_rows([&](int i) { return -eta_last * s.lr[i]; });
                 part.template add<M>(transpose(d_attn1), s.xq);
                 part.template add<F>(d_z1, transpose(s.w1));
                 part.each([&](int i, int j, float x) {
