@@ -247,8 +247,8 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
 # By the kernel, and whether a mini-batch is more than one chunk of 16 tokens. A cluster has half of the state in each.
 _SPILLS = {
     ("mlp_forward_short", False): 120,
-    ("mlp_forward", True): 240,
-    ("mlp_forward_not_causal", True): 360,
+    ("mlp_forward", True): 304,
+    ("mlp_forward_not_causal", True): 368,
     ("mlp_backward", False): 500,
     ("mlp_backward", True): 1200,
 }
