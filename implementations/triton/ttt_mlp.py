@@ -232,8 +232,9 @@ def _pass_three(
             b_d_g_z1 = tl.zeros([BM, BF], tl.float32)
         b_read_w1 = b_d_w1 + dot(tl.trans(b_xq), b_d_z1_bar, MATMUL)
         b_read_b1 = b_d_b1 + tl.sum(b_d_z1_bar, 0)
-        b_read_w2 = b_d_w2 + dot(tl.trans(b_x2_bar), b_d_z2_bar, MATMUL)
+        b_read_w2 = dot(tl.trans(b_x2_bar), b_d_z2_bar, MATMUL)
         if not CAUSAL:  # what was read are the updated weights: the update pulls back these cotangents too
+            b_read_w2 += b_d_w2
             b_d_w1, b_d_b1, b_d_w2 = b_read_w1, b_read_b1, b_read_w2
 
         # The updates of both layers.
@@ -248,6 +249,8 @@ def _pass_three(
         b_d_g_x2 = b_d_g_z1 * b_slope
         b_d_g_z2 += dot(b_d_g_x2, b_w2, MATMUL)
         b_read_w2 += dot(tl.trans(b_d_g_x2), b_g_z2, MATMUL)
+        if CAUSAL:
+            b_read_w2 += b_d_w2  # once, and last: in fp32 every addition to it rounds
         store_block(p_partial, f, b_read_w1, b_read_b1, b_read_w2, D, BD, BF)
         p_block = p_d_z1 + tl.arange(0, BM)[:, None] * (4 * D) + f + tl.arange(0, BF)[None, :]
         tl.store(p_block, b_d_x2 * b_slope + b_d_g_z1 * b_g_x2 * b_bend)
@@ -476,9 +479,14 @@ def saved_bytes(problem: Problem, group: int) -> float:
 
 
 def setting(problem: Problem, backward: bool) -> Setting:
-    """What the kernels are launched with; from registers and spills as compiled, not measured yet."""
-    small = problem.mini_batch <= 16 and problem.head_dim <= 64 and problem.dtype != "fp32"
-    return Setting(64 if small and not backward else 32, 8, 1)
+    """What the kernels are launched with; from registers and spills as compiled.
+
+    Mini-batches of more than 16: blocks narrower than 64 are what ptxas 12.8, Triton 3.6's, assembles wrongly, with
+    addresses of operands from registers that it never wrote (`gpu_limit`).
+    """
+    small = problem.mini_batch <= 16 and problem.head_dim <= 64 and not backward
+    wide = problem.mini_batch > 16 or small
+    return Setting(64 if wide and problem.dtype != "fp32" else 32, 8, 1)
 
 
 def forward(inputs: MlpInputs, problem: Problem, group: int | None = None) -> tuple[MlpOutputs, Residuals]:

@@ -178,8 +178,8 @@ def static_kernels() -> Iterator[TritonKernel]:
 
 
 def _kernels() -> Iterator[TritonKernel]:
-    for causal in (True, False):
-        problem = Problem("mlp", 1, 256, 32, 64, 16, causal, dtype="bf16")
+    for mini_batch, causal in ((16, True), (64, True), (64, False)):
+        problem = Problem("mlp", 1, 256, 32, 64, mini_batch, causal, dtype="bf16")
         outputs, residuals, launches = plan_forward(meta(MlpInputs, problem), problem, 16)
         for launch in (*launches, *plan_backward(outputs, residuals, problem)[-1]):
             yield launch.static("mlp", _SPILLS[launch.kernel])
@@ -202,7 +202,7 @@ _SETTINGS: dict[str, Setting] = {
     "recurrence": Setting(0, 8),
     "recurrence_wide": Setting(128, 8, 2),
     "scan": Setting(0, 8),
-    "scan_wide": Setting(128, 8, 2),
+    "scan_wide": Setting(128, 8),
     "read_out": Setting(32, 4, 3),
     "read_out_backward": Setting(32, 4, 2),
     "finish": Setting(64, 4, 2),
@@ -210,7 +210,10 @@ _SETTINGS: dict[str, Setting] = {
 # Bytes a thread that spill, as compiled by Triton 3.7, on the worst of sm_80, sm_90 and sm_100. The fast weights take
 # half of an SM's registers, and the products between need the other half and more; sm_80, without warp-group products,
 # is the worst throughout.
-_SPILLS = {recurrence: 1200, recurrence_wide: 0, scan_wide: 0, read_out: 0, read_out_backward: 2500, scan: 20000, finish: 320}
+_SPILLS = {
+    recurrence: 1200, recurrence_wide: 2000, read_out: 0, read_out_backward: 2500, scan: 20000, scan_wide: 4000,
+    finish: 320,
+}  # fmt: skip
 
 
 def _is_wide(problem: Problem) -> bool:
