@@ -60,7 +60,7 @@ class Pulled(NamedTuple):
     x2: Any  # [B H K F C], and what the scan multiplies with, as the next two
     slope: Any  # [B H K F C], gelu'(z1)
     curve: Any  # [B H K F C], g_x2 gelu''(z1)
-    p: Any  # [B H K C D], fp32, ln_weight (LN(z2) - (xv - xk))
+    p: Any  # [B H K D C], fp32, ln_weight (LN(z2) - (xv - xk))
     mean_p: Any  # [B H K C], fp32, as the next three
     along_p: Any  # mean of p x_hat
     mean1: Any  # mean of ln_weight^2 x_hat
@@ -200,7 +200,7 @@ def read_out_backward(
     x_hat = tl.load(trace.x_hat + chunk * D * C + tl.arange(0, D)[None, :] * C + c[:, None])
     ln_bias = load_row(shared.ln_bias, head, D, D)[None, :]
     p = ln_weight * (ln_weight * x_hat + ln_bias - (xv - xk.to(tl.float32)))
-    tl.store(pulled.p + chunk * C * D + c[:, None] * D + tl.arange(0, D)[None, :], p)
+    tl.store(pulled.p + chunk * D * C + tl.arange(0, D)[None, :] * C + c[:, None], p)
     tl.store(pulled.mean_p + chunk * C + c, tl.sum(p, 1) * (1.0 / D))
     tl.store(pulled.along_p + chunk * C + c, tl.sum(p * x_hat, 1) * (1.0 / D))
     scaled = ln_weight * ln_weight * x_hat

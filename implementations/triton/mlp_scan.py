@@ -53,12 +53,11 @@ class Walked(NamedTuple):
     pulled2: Any  # [B H K D C], fp32
     d_w1: Any  # [B H K F D], transposed, at the end of every chunk
     d_b1: Any  # [B H K F], fp32
-    d_w2: Any  # [B H K F D] and [B H K D], fp32, for the scan itself, where it walks a mini-batch in blocks
-    d_b2: Any
+    d_w2: Any  # [B H K F D], where `mlp_wide` walks
 
 
 @triton.jit
-def _prefetch(p, LINES: tl.constexpr):
+def ask_for(p, LINES: tl.constexpr):
     """Ask for `LINES` times 128 bytes of 16-bit numbers from `p` on to be brought to the L2 cache."""
     if not INTERPRETED:
         at = (p + tl.arange(0, LINES) * 64).to(tl.int64)
@@ -67,67 +66,74 @@ def _prefetch(p, LINES: tl.constexpr):
         )
 
 
+@triton.jit
+def ask_for_chunk(pulled, chunk, D: tl.constexpr, C: tl.constexpr):
+    """The same for most of what a walk reads of a chunk."""
+    F: tl.constexpr = 4 * D
+    ask_for(pulled.x2 + chunk * F * C, F * C // 64)
+    ask_for(pulled.slope + chunk * F * C, F * C // 64)
+    ask_for(pulled.curve + chunk * F * C, F * C // 64)
+    ask_for(pulled.d_x2 + chunk * F * C, F * C // 64)
+    ask_for(pulled.d_g_z1 + chunk * F * C, F * C // 64)
+    ask_for(pulled.d_w1 + chunk * F * D, F * D // 64)
+    ask_for(pulled.d_w2 + chunk * F * D, F * D // 64)
+
+
+@triton.jit
+def second_order(d_g_z2, x_hat, p, rstd, mean_p, along_p, mean1, mean2, ln_weight, D: tl.constexpr):
+    """d_z2 [D, M] of d_g_z2: `blocks.inner_gradient_backward`, linear in it, so one round of sums is enough.
+
+    x_hat, p [D, M]; rstd and the means [M]; ln_weight [D].
+    """
+    mean_gamma2 = tl.sum(ln_weight * ln_weight) * (1.0 / D)
+    gamma2 = (ln_weight * ln_weight)[:, None]
+    scaled = gamma2 * d_g_z2
+    mean, along, with_p, mean_s, along_s = sum_5(d_g_z2, d_g_z2 * x_hat, d_g_z2 * p, scaled, scaled * x_hat, 0)
+    mean, along = mean * (1.0 / D), along * (1.0 / D)
+    through_rstd = with_p * (1.0 / D) - mean_p * mean - along_p * along
+    mean_x = mean_s * (1.0 / D) - mean * mean_gamma2 - along * mean1 - along_p * mean - along * mean_p
+    along_x = along_s * (1.0 / D) - mean * mean1 - along * mean2 - 2 * along_p * along
+    d_x_hat = gamma2 * (d_g_z2 - mean[None, :] - x_hat * along[None, :])
+    d_x_hat -= along_p[None, :] * d_g_z2 + along[None, :] * p
+    return (rstd * rstd)[None, :] * (d_x_hat - mean_x[None, :] - x_hat * (along_x + through_rstd)[None, :])
+
+
 @triton.jit(do_not_specialize=["first", "count"])
 def scan(
     inputs, shared, trace, pulled, start, end, walked, first, count, heads,
-    D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Mini-batches `first + count - 1` down to `first` of chain `program_id(0)`."""
     F: tl.constexpr = 4 * D
     R: tl.constexpr = C // M  # mini-batches in a chunk
-    BLOCKS: tl.constexpr = M // BT  # of a mini-batch; R is 1 where these are more
     DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
     chain = tl.program_id(0)
     batch, head = chain // heads, chain % heads
-    f, d, m = tl.arange(0, F), tl.arange(0, D), tl.arange(0, BT)
+    f, d, m = tl.arange(0, F), tl.arange(0, D), tl.arange(0, M)
     tile = f[:, None] * D + d[None, :]  # offsets in [F, D], [F, C] and [D, C]
     hidden = f[:, None] * C + m[None, :]
     row = d[:, None] * C + m[None, :]
-    across = d[None, :] * C + m[:, None]
-    natural = m[:, None] * D + d[None, :]
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = tl.load(shared.ln_weight + head * D + d)
-    mean_gamma2 = tl.sum(ln_weight * ln_weight) * (1.0 / D)
-    gamma2 = (ln_weight * ln_weight)[None, :]
     d_w1, d_b1, d_w2, d_b2 = load_weights(start, wide(chain), D)
-    d_w1_start = nearest(d_w1, DTYPE)
     d_w2_start = nearest(d_w2, DTYPE)
-    for back in range(count * BLOCKS):
-        i, j = count - 1 - back // BLOCKS, (BLOCKS - 1 - back % BLOCKS) * BT
-        chunk = wide(chain) * tl.cdiv(count, R) + i // R
-        column = (i % R) * M + j
-        if column == C - BT and i >= R:  # what the next chunk reads, while this one is computed
-            before = chunk - 1
-            _prefetch(pulled.x2 + before * F * C, F * C // 64)
-            _prefetch(pulled.slope + before * F * C, F * C // 64)
-            _prefetch(pulled.curve + before * F * C, F * C // 64)
-            _prefetch(pulled.d_x2 + before * F * C, F * C // 64)
-            _prefetch(pulled.d_g_z1 + before * F * C, F * C // 64)
-            _prefetch(pulled.d_w1 + before * F * D, F * D // 64)
-            _prefetch(pulled.d_w2 + before * F * D, F * D // 64)
-        p_w2 = trace.w2 + (chunk * R + i % R) * D * F
-        if i > 0:
-            _prefetch(p_w2 - D * F, D * F // 64)
-        if column == C - BT:
+    for back in range(count):
+        n = count - 1 - back
+        chunk = wide(chain) * tl.cdiv(count, R) + n // R
+        column = (n % R) * M
+        if column == C - M and n >= R:  # what the next chunk reads, while this one is computed
+            ask_for_chunk(pulled, chunk - 1, D, C)
+        p_w2 = trace.w2 + (chunk * R + n % R) * D * F
+        if n > 0:
+            ask_for(p_w2 - D * F, D * F // 64)
+        if column == C - M:
             tl.store(walked.d_w1 + chunk * D * F + tile, nearest(d_w1, DTYPE))
             tl.store(walked.d_b1 + chunk * F + f, d_b1)
-            if BLOCKS > 1:
-                tl.store(walked.d_w2 + chunk * D * F + tile, nearest(d_w2, DTYPE))
-                tl.store(walked.d_b2 + chunk * D + d, d_b2)
-        if BLOCKS == 1:
-            d_w1_rows, d_b1_rows, d_w2_rows, d_b2_rows = d_w1_start, d_b1, d_w2_start, d_b2
-        else:
-            tl.debug_barrier()  # what the mini-batch ends with is there
-            d_w1_rows = tl.load(walked.d_w1 + chunk * D * F + tile)
-            d_b1_rows = tl.load(walked.d_b1 + chunk * F + f)
-            d_w2_rows = tl.load(walked.d_w2 + chunk * D * F + tile)
-            d_b2_rows = tl.load(walked.d_b2 + chunk * D + d)
-        block = (first + i) * (M // BT) + j // BT
         at_f, at_d = chunk * F * C + column, chunk * D * C + column
         token = chunk * C + column + m
         # All loads first: none waits behind a barrier.
-        xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
-        lr = tl.load(token_pointers(inputs.lr, batch, head, block, BT)).to(tl.float32)
+        xk = load_tokens(inputs.xk, batch, head, first + n, M, D, D)
+        lr = tl.load(token_pointers(inputs.lr, batch, head, first + n, M)).to(tl.float32)
         w2_rows = tl.load(p_w2 + tile)  # [F, D]
         x2 = tl.load(pulled.x2 + at_f + hidden)  # [F, M]
         g_z2 = tl.load(trace.g_z2 + at_d + row)  # [D, M]
@@ -135,57 +141,45 @@ def scan(
         d_g_z1 = tl.load(pulled.d_g_z1 + at_f + hidden)
         slope = tl.load(pulled.slope + at_f + hidden)
         curve = tl.load(pulled.curve + at_f + hidden)
-        d_g_z2 = tl.load(pulled.d_g_z2 + at_d + across)  # [M, D]
-        x_hat = tl.load(trace.x_hat + at_d + across)
-        p = tl.load(pulled.p + (chunk * C + column) * D + natural)
-        rstd = tl.load(trace.rstd + token)[:, None]
-        mean_p = tl.load(pulled.mean_p + token)[:, None]
-        along_p = tl.load(pulled.along_p + token)[:, None]
-        mean1 = tl.load(pulled.mean1 + token)[:, None]
-        mean2 = tl.load(pulled.mean2 + token)[:, None]
-        eta_lr = eta_last * lr
+        d_g_z2 = tl.load(pulled.d_g_z2 + at_d + row)  # [D, M]
+        x_hat = tl.load(trace.x_hat + at_d + row)
+        p = tl.load(pulled.p + at_d + row)
+        rstd = tl.load(trace.rstd + token)
+        mean_p = tl.load(pulled.mean_p + token)
+        along_p = tl.load(pulled.along_p + token)
+        mean1 = tl.load(pulled.mean1 + token)
+        mean2 = tl.load(pulled.mean2 + token)
+        eta_lr = eta_last * lr[None, :]
 
-        pulled1 = matmul(d_w1_rows, tl.trans(xk), DTYPE, "ieee") + d_b1_rows[:, None]  # [F, D] @ [D, M]
-        d_g_z1 = d_g_z1.to(tl.float32) - eta_lr[None, :] * pulled1
+        pulled1 = matmul(d_w1, tl.trans(xk), DTYPE, "ieee") + d_b1[:, None]  # [F, D] @ [D, M]
+        d_g_z1 = d_g_z1.to(tl.float32) - eta_lr * pulled1
         d_g_x2 = nearest(d_g_z1 * slope.to(tl.float32), DTYPE)
-        pulled2 = matmul(tl.trans(x2), d_w2_rows, DTYPE, "ieee") + d_b2_rows[None, :]  # [M, F] @ [F, D]
-        d_g_z2 -= eta_lr[:, None] * pulled2
-        d_g_z2 = matmul_add(tl.trans(d_g_x2), w2_rows, d_g_z2, DTYPE, "ieee")  # [M, F] @ [F, D] -> [M, D]
-        tl.store(walked.pulled2 + at_d + across, pulled2)
-        tl.store(walked.d_g_z2 + at_d + across, d_g_z2)
+        pulled2 = matmul(tl.trans(d_w2_start), x2, DTYPE, "ieee") + d_b2[:, None]  # [D, F] @ [F, M] -> [D, M]
+        d_g_z2 -= eta_lr * pulled2
+        d_g_z2 = matmul_add(tl.trans(w2_rows), d_g_x2, d_g_z2, DTYPE, "ieee")  # [D, F] @ [F, M] -> [D, M]
+        tl.store(walked.pulled2 + at_d + row, pulled2)
+        tl.store(walked.d_g_z2 + at_d + row, d_g_z2)
         d_x2 = d_x2.to(tl.float32)
-        d_x2 = matmul_add(d_w2_rows, -eta_lr[None, :] * g_z2.to(tl.float32), d_x2, DTYPE, "ieee")  # [F, D] @ [D, M]
+        d_x2 = matmul_add(d_w2_start, -eta_lr * g_z2.to(tl.float32), d_x2, DTYPE, "ieee")  # [F, D] @ [D, M]
 
-        # `blocks.inner_gradient_backward`: linear in d_g_z2, so one round of sums is enough.
-        scaled = gamma2 * d_g_z2
-        mean, along, with_p, mean_s, along_s = sum_5(
-            d_g_z2, d_g_z2 * x_hat, d_g_z2 * p, scaled, scaled * x_hat, 1
-        )
-        mean, along = mean[:, None] * (1.0 / D), along[:, None] * (1.0 / D)
-        through_rstd = with_p[:, None] * (1.0 / D) - mean_p * mean - along_p * along
-        mean_x = mean_s[:, None] * (1.0 / D) - mean * mean_gamma2 - along * mean1 - along_p * mean - along * mean_p
-        along_x = along_s[:, None] * (1.0 / D) - mean * mean1 - along * mean2 - 2 * along_p * along
-        d_x_hat = gamma2 * (d_g_z2 - mean - x_hat * along) - along_p * d_g_z2 - along * p
-        d_z2 = rstd * rstd * (d_x_hat - mean_x - x_hat * (along_x + through_rstd))
-        d_b2 += tl.sum(d_z2, 0)
+        d_z2 = second_order(d_g_z2, x_hat, p, rstd, mean_p, along_p, mean1, mean2, ln_weight, D)
+        d_b2 += tl.sum(d_z2, 1)
         d_z2 = nearest(d_z2, DTYPE)
 
-        d_x2 = matmul_add(w2_rows, tl.trans(d_z2), d_x2, DTYPE, "ieee")  # [F, D] @ [D, M] -> [F, M]
+        d_x2 = matmul_add(w2_rows, d_z2, d_x2, DTYPE, "ieee")  # [F, D] @ [D, M] -> [F, M]
         d_z1 = d_x2 * slope.to(tl.float32) + d_g_z1 * curve.to(tl.float32)
         d_b1 += tl.sum(d_z1, 1)
         d_z1 = nearest(d_z1, DTYPE)
         tl.store(walked.d_z1 + at_f + hidden, d_z1)
         d_w1 = matmul_add(d_z1, xk, d_w1, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
-        d_w2 = matmul_add(x2, d_z2, d_w2, DTYPE, "ieee")
+        d_w2 = matmul_add(x2, tl.trans(d_z2), d_w2, DTYPE, "ieee")
         d_w2 = matmul_add(d_g_x2, tl.trans(g_z2), d_w2, DTYPE, "ieee")
         if column == 0:
             d_w1 += tl.load(pulled.d_w1 + chunk * D * F + tile).to(tl.float32)
             d_b1 += tl.load(pulled.d_b1 + chunk * F + f)
             d_w2 += tl.load(pulled.d_w2 + chunk * D * F + tile).to(tl.float32)
             d_b2 += tl.load(pulled.d_b2 + chunk * D + d)
-        if BLOCKS == 1:
-            d_w1_start = nearest(d_w1, DTYPE)
-            d_w2_start = nearest(d_w2, DTYPE)
+        d_w2_start = nearest(d_w2, DTYPE)
     store_weights(end, wide(chain), d_w1, d_b1, d_w2, d_b2, D)
 
 

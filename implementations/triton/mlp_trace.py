@@ -9,7 +9,7 @@ and a warp that holds rows of the fast weights holds the same rows of everything
     g_x2^T      = w2 g_z2^T                   w2 [F D] in fp32 registers, rounded in place
     w1^T       -= eta_last (g_x2 * gelu'(z1))^T (lr xk),   w2 -= eta_last gelu(z1)^T (lr g_z2)
 
-A mini-batch of more than BT tokens is walked in blocks of BT against the weights that it started with.
+Mini-batches too large for that are those of `mlp_wide.py`.
 
 Bytes a token of a head in bf16, D = 64: reads 258; writes 4 F + 2 D = 1152, and 4 F D / C = 1024 of weights.
 """
@@ -114,93 +114,84 @@ def sum_5(a, b, c, d, e, AXIS: tl.constexpr):
         return tl.reduce((a, b, c, d, e), AXIS, _add_5)
 
 
+@triton.jit
+def inner_gradient(z2, target, ln_weight, ln_bias, EPS: tl.constexpr, D: tl.constexpr):
+    """(g_z2, x_hat [D, M], rstd [M]) of z2 [D, M]; ln_weight, ln_bias [D, 1].
+
+    Two sums after each other: of z2, and of all that its mean is taken from.
+    """
+    gamma2 = ln_weight * ln_weight
+    q = ln_weight * (ln_bias - target)
+    sum_z2, sum_q = sum_2(z2, q, 0)
+    centred = z2 - (sum_z2 * (1.0 / D))[None, :]
+    scaled = gamma2 * centred
+    variance, mean1, mean2, mean_q = sum_4(centred * centred, scaled, scaled * centred, q * centred, 0)
+    rstd = tl.rsqrt(variance * (1.0 / D) + EPS)
+    mean1 *= rstd * (1.0 / D)  # of gamma^2 x_hat
+    mean2 *= rstd * rstd * (1.0 / D)  # of gamma^2 x_hat^2
+    mean_p = mean1 + sum_q * (1.0 / D)
+    along_p = mean2 + rstd * mean_q * (1.0 / D)  # the mean of p x_hat
+    x_hat = centred * rstd[None, :]
+    p = gamma2 * x_hat + q
+    return rstd[None, :] * (p - mean_p[None, :] - x_hat * along_p[None, :]), x_hat, rstd
+
+
 @triton.jit(do_not_specialize=["start_states", "end_states", "first", "count"])
 def recurrence(
     inputs, shared, start, end, trace, start_states, end_states, first, count, heads,
-    D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, BACKWARD: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Mini-batches `first` to `first + count` of chain `program_id(0)`, whose states are so many apart."""
     F: tl.constexpr = 4 * D
     R: tl.constexpr = C // M  # mini-batches in a chunk
-    BLOCKS: tl.constexpr = M // BT  # of a mini-batch; R is 1 where these are more
     DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
     # Keeps the small numbers lr g_z2 in the range of fp16.
     SCALE: tl.constexpr = 16.0 if DTYPE.is_fp16() else 1.0
     chain = tl.program_id(0)
     batch, head = chain // heads, chain % heads
-    f, d, m = tl.arange(0, F), tl.arange(0, D), tl.arange(0, BT)
+    f, d, m = tl.arange(0, F), tl.arange(0, D), tl.arange(0, M)
     tile = f[:, None] * D + d[None, :]  # offsets in [F, D], [F, C] and [D, C]
     hidden = f[:, None] * C + m[None, :]
     row = d[:, None] * C + m[None, :]
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = tl.load(shared.ln_weight + head * D + d)[:, None]
     ln_bias = tl.load(shared.ln_bias + head * D + d)[:, None]
-    gamma2 = ln_weight * ln_weight
     w1, b1, w2, b2 = load_weights(start, wide(chain) * start_states, D)
     # Rounded copies that the loop carries: Triton takes those from shared memory, and others from registers.
     w1_start = nearest(w1, DTYPE)
     w2_start = tl.trans(nearest(w2, DTYPE))
-    # Tokens are loaded one block ahead.
-    block, last = first * BLOCKS, (first + count) * BLOCKS - 1
-    next_xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
-    next_xv = load_tokens(inputs.xv, batch, head, block, BT, D, D)
-    next_lr = tl.load(token_pointers(inputs.lr, batch, head, block, BT))
-    for t in range(count * BLOCKS):
-        i, j = t // BLOCKS, t % BLOCKS * BT
-        chunk = wide(chain) * tl.cdiv(count, R) + i // R
-        column = (i % R) * M + j
-        if (i % R) * M + j == 0:
+    # Tokens are loaded one mini-batch ahead.
+    next_xk = load_tokens(inputs.xk, batch, head, first, M, D, D)
+    next_xv = load_tokens(inputs.xv, batch, head, first, M, D, D)
+    next_lr = tl.load(token_pointers(inputs.lr, batch, head, first, M))
+    for n in range(count):
+        chunk = wide(chain) * tl.cdiv(count, R) + n // R
+        column = (n % R) * M
+        if column == 0:
             tl.store(trace.w1 + chunk * D * F + tile, nearest(w1, DTYPE))
             tl.store(trace.b1 + chunk * F + f, b1)
             if not BACKWARD:
                 tl.store(trace.w2 + chunk * D * F + tile, nearest(w2, DTYPE))
             tl.store(trace.b2 + chunk * D + d, b2)
-        p_w2 = trace.w2 + (chunk * R + i % R if BACKWARD else chunk) * D * F
-        if BACKWARD:  # noqa: SIM102
-            if j == 0:
-                tl.store(p_w2 + tile, nearest(w2, DTYPE))
-        if BLOCKS == 1:
-            w1_rows, b1_rows = w1_start, b1
-        else:
-            tl.debug_barrier()  # what the mini-batch starts with is there
-            w1_rows = tl.load(trace.w1 + chunk * D * F + tile)
-            b1_rows = tl.load(trace.b1 + chunk * F + f)
+        if BACKWARD:
+            tl.store(trace.w2 + (chunk * R + n % R) * D * F + tile, nearest(w2, DTYPE))
         xk, xv, lr = next_xk, next_xv, next_lr.to(tl.float32)
-        block = tl.minimum(first * BLOCKS + t + 1, last)
-        next_xk = load_tokens(inputs.xk, batch, head, block, BT, D, D)
-        next_xv = load_tokens(inputs.xv, batch, head, block, BT, D, D)
-        next_lr = tl.load(token_pointers(inputs.lr, batch, head, block, BT))
+        ahead = first + tl.minimum(n + 1, count - 1)
+        next_xk = load_tokens(inputs.xk, batch, head, ahead, M, D, D)
+        next_xv = load_tokens(inputs.xv, batch, head, ahead, M, D, D)
+        next_lr = tl.load(token_pointers(inputs.lr, batch, head, ahead, M))
         at_f, at_d = chunk * F * C + column, chunk * D * C + column
 
-        z1 = matmul(w1_rows, tl.trans(xk), DTYPE, "ieee") + b1_rows[:, None]  # [F, D] @ [D, M] -> [F, M]
+        z1 = matmul(w1_start, tl.trans(xk), DTYPE, "ieee") + b1[:, None]  # [F, D] @ [D, M] -> [F, M]
         x2, slope = gelu_first(z1)
         tl.store(trace.z1 + at_f + hidden, nearest(z1, DTYPE))
         x2 = nearest(x2, DTYPE)
-        if BLOCKS == 1:
-            w2_columns, b2_rows = w2_start, b2
-        else:
-            w2_columns = tl.load(p_w2 + f[None, :] * D + d[:, None])  # [D, F]
-            b2_rows = tl.load(trace.b2 + chunk * D + d)
-        z2 = matmul(w2_columns, x2, DTYPE, "ieee") + b2_rows[:, None]  # [D, F] @ [F, M] -> [D, M]
+        z2 = matmul(w2_start, x2, DTYPE, "ieee") + b2[:, None]  # [D, F] @ [F, M] -> [D, M]
 
-        # Two sums after each other: of z2, and of all that its mean is taken from.
         target = tl.trans(xv.to(tl.float32) - xk.to(tl.float32))
-        q = ln_weight * (ln_bias - target)
-        sum_z2, sum_q = sum_2(z2, q, 0)
-        centred = z2 - (sum_z2 * (1.0 / D))[None, :]
-        scaled = gamma2 * centred
-        variance, mean1, mean2, mean_q = sum_4(centred * centred, scaled, scaled * centred, q * centred, 0)
-        rstd = tl.rsqrt(variance * (1.0 / D) + EPS)
-        mean1 *= rstd * (1.0 / D)  # of gamma^2 x_hat
-        mean2 *= rstd * rstd * (1.0 / D)  # of gamma^2 x_hat^2
-        mean_p = mean1 + sum_q * (1.0 / D)
-        along_p = mean2 + rstd * mean_q * (1.0 / D)  # the mean of p x_hat
-        x_hat = centred * rstd[None, :]
-        p = gamma2 * x_hat + q
-        g_z2 = rstd[None, :] * (p - mean_p[None, :] - x_hat * along_p[None, :])
+        g_z2, x_hat, rstd = inner_gradient(z2, target, ln_weight, ln_bias, EPS, D)
 
-        w2_rows = nearest(w2, DTYPE) if BLOCKS == 1 else tl.load(p_w2 + tile)
-        g_x2 = matmul(w2_rows, g_z2, DTYPE, "ieee")  # [F, D] @ [D, M] -> [F, M]
+        g_x2 = matmul(w2, g_z2, DTYPE, "ieee")  # [F, D] @ [D, M] -> [F, M]
         g_z1 = (-eta_last) * g_x2 * slope
         w1 = matmul_add(g_z1, lr[:, None] * xk.to(tl.float32), w1, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
         b1 += tl.sum(lr[None, :] * g_z1, 1)
@@ -216,7 +207,6 @@ def recurrence(
             token = chunk * C + column + m
             tl.store(trace.x_hat + at_d + row, x_hat)
             tl.store(trace.rstd + token, rstd)
-        if BLOCKS == 1:
-            w1_start = nearest(w1, DTYPE)
-            w2_start = tl.trans(nearest(w2, DTYPE))
+        w1_start = nearest(w1, DTYPE)
+        w2_start = tl.trans(nearest(w2, DTYPE))
     store_weights(end, wide(chain) * end_states, w1, b1, w2, b2, D)

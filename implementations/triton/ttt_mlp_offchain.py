@@ -24,6 +24,7 @@ No atomics: sums over chunks are partial sums, added up in torch in one order.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from implementations.triton.mlp_limits import offchain_limit
 from implementations.triton.mlp_readout import Norm, Pulled, Sums, read_out, read_out_backward
 from implementations.triton.mlp_scan import Walked, finish, scan
 from implementations.triton.mlp_trace import Trace, Weights, recurrence
+from implementations.triton.mlp_wide import recurrence_wide, scan_wide
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs
 
@@ -132,11 +134,11 @@ def plan_backward(
         scratch(f, c, dtype=io), scratch(f, c, dtype=io), scratch(d, c),
         scratch(f, d, dtype=io), scratch(f), scratch(f, d, dtype=io), scratch(d), scratch(c, d), scratch(c),
         scratch(f, c, dtype=io), scratch(f, c, dtype=io), scratch(f, c, dtype=io),
-        scratch(c, d), scratch(c), scratch(c), scratch(c), scratch(c),
+        scratch(d, c), scratch(c), scratch(c), scratch(c), scratch(c),
     )  # fmt: skip
     walked = Walked(
         scratch(f, c, dtype=io), scratch(d, c), scratch(d, c), scratch(f, d, dtype=io), scratch(f),
-        scratch(f, d, dtype=io), scratch(d),
+        scratch(f, d, dtype=io),
     )  # fmt: skip
     read, update = (
         Sums(*(empty(like, problem.batch, h, chunks, size) for size in (c, c, d, d))) for _ in range(2)
@@ -155,7 +157,7 @@ def plan_backward(
         start = Weights(*cotangents[1:]) if number + 1 == len(segments) else d_state
         arguments = given | {"start": start, "end": d_state, "walked": walked}
         arguments |= {"first": first, "count": count, "heads": h}
-        launches.append(_launch(scan, problem, count, arguments))
+        launches.append(_launch(scan_wide if _is_wide(problem) else scan, problem, count, arguments))
         arguments = given | {"walked": walked, "gradients": tokens(*gradients[:4]), "sums": update} | at
         launches.append(_launch(finish, problem, count, arguments))
     return gradients, read, update, launches
@@ -177,18 +179,20 @@ def static_kernels() -> Iterator[TritonKernel]:
 
 
 def _kernels() -> Iterator[TritonKernel]:
-    for causal in (True, False):
-        problem = Problem("mlp", 1, 256, 32, 64, 16, causal, dtype="bf16")
+    for mini_batch, causal in ((16, True), (64, True), (64, False)):
+        problem = Problem("mlp", 1, 256, 32, 64, mini_batch, causal, dtype="bf16")
         outputs, residuals, launches = plan_forward(meta(MlpInputs, problem), problem, 16)
         for launch in (*launches, *plan_backward(outputs, residuals, problem)[-1]):
-            yield launch.static("mlp", _SPILLS[launch.kernel])
+            kernel = launch.static("mlp", _SPILLS[launch.kernel])
+            # Its accumulators take 560 columns of tensor memory; an SM of sm_100 has 512.
+            yield replace(kernel, architectures=("sm_80", "sm_90")) if launch.kernel is scan else kernel
 
 
 # --- Sizes and settings ---
 
 
 class Setting(NamedTuple):
-    """How a kernel is launched: tokens (recurrence, scan) or hidden units of a block, and Triton's options."""
+    """How a kernel is launched: hidden units of a block, where it walks blocks, and Triton's options."""
 
     block: int
     num_warps: int
@@ -196,23 +200,27 @@ class Setting(NamedTuple):
     maxnreg: int | None = None
 
 
-# Measured on an H100 in bf16 at D = 64; a kernel of M <= 16, M <= 32 and above.
-_SETTINGS: dict[str, tuple[Setting, Setting, Setting]] = {
-    "recurrence": (Setting(16, 8), Setting(32, 8), Setting(32, 8)),
-    "scan": (Setting(16, 8), Setting(32, 8), Setting(32, 8)),
-    "read_out": (Setting(32, 4, 3), Setting(32, 4, 3), Setting(32, 4, 3)),
-    "read_out_backward": (Setting(32, 4, 2), Setting(32, 4, 2), Setting(32, 4, 2)),
-    "finish": (Setting(64, 4, 2), Setting(64, 4, 2), Setting(64, 4, 2)),
+# Measured on an H100 in bf16 at D = 64.
+_SETTINGS: dict[str, Setting] = {
+    "recurrence": Setting(0, 8),
+    "recurrence_wide": Setting(128, 8, 2),
+    "scan": Setting(0, 8),
+    "scan_wide": Setting(128, 8),
+    "read_out": Setting(32, 4, 3),
+    "read_out_backward": Setting(32, 4, 2),
+    "finish": Setting(64, 4, 2),
 }
 # Bytes a thread that spill, as compiled by Triton 3.7, on the worst of sm_80, sm_90 and sm_100. The fast weights take
 # half of an SM's registers, and the products between need the other half and more; sm_80, without warp-group products,
 # is the worst throughout.
-_SPILLS = {recurrence: 1200, read_out: 0, read_out_backward: 2500, scan: 20000, finish: 320}
+_SPILLS = {
+    recurrence: 1200, recurrence_wide: 900, read_out: 0, read_out_backward: 2500, scan: 10000, scan_wide: 1300,
+    finish: 320,
+}  # fmt: skip
 
 
-def setting(kernel: str, problem: Problem) -> Setting:
-    """What a kernel is launched with."""
-    return _SETTINGS[kernel][(problem.mini_batch > 16) + (problem.mini_batch > 32)]
+def _is_wide(problem: Problem) -> bool:
+    return problem.mini_batch >= CHUNK
 
 
 def chunk(problem: Problem) -> int:
@@ -305,23 +313,23 @@ def _recurrence(
         "start": start[0], "end": end[0], "trace": trace, "start_states": start[1], "end_states": end[1],
         "first": first, "count": count, "heads": problem.heads,
     }  # fmt: skip
-    launch = _launch(recurrence, problem, count, arguments)
+    launch = _launch(recurrence_wide if _is_wide(problem) else recurrence, problem, count, arguments)
     return launch._replace(constants={**launch.constants, "BACKWARD": backward})
 
 
 def _launch(kernel, problem: Problem, count: int, arguments: dict[str, object]) -> Launch:
     name = kernel.fn.__name__
-    how = setting(name, problem)
+    how = _SETTINGS[name]
     c = chunk(problem)
     sizes = {"D": problem.head_dim, "M": problem.mini_batch, "C": c, "CAUSAL": problem.causal, "EPS": problem.eps}
     options = {"num_warps": how.num_warps} | ({"maxnreg": how.maxnreg} if how.maxnreg else {})
     programs = problem.batch * problem.heads
     if name in ("recurrence", "scan"):
         options["num_stages"] = how.num_stages
-        sizes["BT"] = how.block
     else:
-        programs *= count * problem.mini_batch // c
         sizes |= {"BF": min(how.block, problem.hidden), "STAGES": how.num_stages}
+    if name in ("read_out", "read_out_backward", "finish"):
+        programs *= count * problem.mini_batch // c
     constants = {key: value for key, value in sizes.items() if key in kernel.arg_names}
     return Launch(kernel, programs, arguments, constants, options)
 
