@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 
 from implementations.triton.blocks import (
+    inner_gradient,
     inside,
+    load_lr,
     load_matrix,
     load_row,
     load_tokens,
@@ -67,6 +69,18 @@ def four_sums(a, b, c, d, AXIS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl
 def beside(x, y):
     """`x`, laid out over the threads as `y` is: all that Triton knows of either is that they are added."""
     return x + 0.0 * y
+
+
+@triton.jit
+def by_xk(w, WIDE: tl.constexpr):
+    """Fast weights of a segment as [D of xk, D of z1]."""
+    return w if WIDE else tl.trans(w)
+
+
+@triton.jit
+def by_z1(w, WIDE: tl.constexpr):
+    """Fast weights of a segment as [D of z1, D of xk]."""
+    return tl.trans(w) if WIDE else w
 
 
 @triton.jit
@@ -275,7 +289,7 @@ def split_recurrence(
 def split_read_out(
     inputs, shared, segment, out, heads, first, chunks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one chain: out."""
     chain, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
@@ -286,14 +300,22 @@ def split_read_out(
     xq = load_tokens(inputs.xq, batch, head, first + chunk, C, D, BLOCK_D)
     w = load_matrix(segment.w, slot, D, BLOCK_D)
     b = load_row(segment.b, slot, D, BLOCK_D)[None, :]
-    z1_bar = matmul(xq, tl.trans(w), DTYPE, PRECISION) + b  # [C, D] @ [D, D] -> [C, D]
+    ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)[None, :]
+    ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)[None, :]
+    z1_bar = matmul(xq, by_xk(w, WIDE), DTYPE, PRECISION) + b  # [C, D] @ [D, D] -> [C, D]
     if not AFTER:
         xk = load_tokens(inputs.xk, batch, head, first + chunk, C, D, BLOCK_D)
-        lr_g = load_rows(segment.lr_g, (chain * chunks + chunk) * C, D, BLOCK_D, C)
+        if WIDE:
+            xv = load_tokens(inputs.xv, batch, head, first + chunk, C, D, BLOCK_D)
+            lr = load_lr(inputs.lr, batch, head, first + chunk, C)
+            z1 = matmul(xk, w, DTYPE, PRECISION) + b
+            target = xv.to(tl.float32) - xk.to(tl.float32)
+            g, _, _ = inner_gradient(z1, target, ln_weight, ln_bias, EPS, D, BLOCK_D)
+            lr_g = lr * g
+        else:
+            lr_g = load_rows(segment.lr_g, (chain * chunks + chunk) * C, D, BLOCK_D, C)
         seen, _, _ = eta_of(shared.token_eta, M, C, CAUSAL)
         scores = seen * (matmul(xq, tl.trans(xk), DTYPE, PRECISION) + 1.0)  # [C, D] @ [D, C] -> [C, C]
         z1_bar -= matmul(scores, lr_g, DTYPE, PRECISION)  # [C, C] @ [C, D] -> [C, D]
     x_hat, _ = normalise(z1_bar, EPS, D, BLOCK_D)
-    ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)[None, :]
-    ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)[None, :]
     store_tokens(out, xq.to(tl.float32) + ln_weight * x_hat + ln_bias, batch, head, first + chunk, C, D, BLOCK_D)

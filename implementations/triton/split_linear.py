@@ -50,6 +50,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from implementations.kernels import TritonKernel, once
@@ -64,6 +65,8 @@ from implementations.triton.split_backward import (
     split_update_backward,
 )
 from implementations.triton.split_forward import Kept, Segment, split_read_out, split_recurrence
+from implementations.triton.split_sums import Parts, split_sums
+from implementations.triton.split_wide import split_recurrence_wide, split_reverse_recurrence_wide
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
 
@@ -102,7 +105,6 @@ def _sizes(problem: Problem, group: int) -> _Sizes:
 class _Setting(NamedTuple):
     """How the kernels are compiled for one size."""
 
-    turn: bool  # the loops hold [D, M] instead of [M, D]: M = 16 rows are too few for a warp group's tensor core
     recurrence: tuple[int, int]  # warps, stages
     reverse: tuple[int, int]
     read_out: int  # warps
@@ -113,9 +115,14 @@ class _Setting(NamedTuple):
 def _setting(problem: Problem) -> _Setting:
     d, m = block_d(problem), problem.mini_batch
     if max(d, m) <= 64:
-        return _Setting(m <= 32, (4, 3), (4, 3), 4, 4, 4)
+        return _Setting((4, 3), (4, 3), 4, 4, 4)
     stages = 3 if d * m <= 64 * 64 else 2 if d * m <= 128 * 64 else 1
-    return _Setting(m <= 32, (8, stages), (8, stages), 8, 8, 8)
+    return _Setting((8, stages), (8, stages), 8, 8, 8)
+
+
+def is_wide(problem: Problem) -> bool:
+    """Whether the recurrences are those of `split_wide`: a chunk is then a mini-batch."""
+    return problem.mini_batch >= 64
 
 
 def default_group(problem: Problem) -> int:
@@ -164,9 +171,9 @@ def backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) 
         ValueError: a cotangent does not fit `problem` or the kernels.
     """
     check(cotangents, OUTPUTS, problem, residuals.inputs.xq.device)
-    parts, steps = plan_backward(cotangents, residuals, problem)
+    gradients, steps = plan_backward(cotangents, residuals, problem)
     run(steps, cotangents.out.device)
-    return _add_up(parts, problem)
+    return gradients._replace(token_eta=gradients.token_eta.sum(0))
 
 
 def saved_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
@@ -179,27 +186,6 @@ def saved_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
 def residuals(inputs: LinearInputs, saved: list[Tensor], problem: Problem) -> Residuals:
     """What `forward` saved, as `backward` takes it."""
     return Residuals(inputs, *saved, default_group(problem))
-
-
-class _Parts(NamedTuple):
-    """Gradients, those of the shared parameters in parts: of each chunk, and of the read-out and of the update."""
-
-    gradients: LinearInputs
-    token_eta: Tensor  # [B H chunks, C], of each token of the read-out
-    eta_last: Tensor  # [B H chunks, 2, C]
-    ln_weight: Tensor  # [2, B, H, chunks, D]
-    ln_bias: Tensor  # [2, B, H, chunks, D]
-
-
-def _add_up(parts: _Parts, problem: Problem) -> LinearInputs:
-    """Always in the same order."""
-    m = problem.mini_batch
-    d_token_eta = parts.token_eta.view(-1, m).sum(0) if problem.causal else parts.token_eta.new_zeros(m)
-    reads = problem.causal or parts.token_eta.shape[1] > m
-    d_token_eta[-1] += (parts.eta_last if reads else parts.eta_last[:, 1]).sum()
-    return parts.gradients._replace(
-        token_eta=d_token_eta, ln_weight=parts.ln_weight.sum((0, 1, 3)), ln_bias=parts.ln_bias.sum((0, 1, 3))
-    )
 
 
 def plan_forward(inputs: LinearInputs, problem: Problem, group: int) -> tuple[LinearOutputs, Residuals, list[Step]]:
@@ -230,8 +216,10 @@ def plan_forward(inputs: LinearInputs, problem: Problem, group: int) -> tuple[Li
     return outputs, residuals, steps
 
 
-def plan_backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) -> tuple[_Parts, list[Step]]:
-    """The gradients, still in parts, and the launches that fill them."""
+def plan_backward(
+    cotangents: LinearOutputs, residuals: Residuals, problem: Problem
+) -> tuple[LinearInputs, list[Step]]:
+    """The gradients, that of token_eta still of each head, [H, M], and the launches that fill them."""
     inputs, sizes = residuals.inputs, _sizes(problem, residuals.group)
     b, t, h, d = inputs.xq.shape
     like, c = inputs.xq, sizes.per_chunk * problem.mini_batch
@@ -239,16 +227,19 @@ def plan_backward(cotangents: LinearOutputs, residuals: Residuals, problem: Prob
     gradients = LinearInputs(
         *(empty(like, b, t, h, d, dtype=like.dtype) for _ in range(3)),
         empty(like, b, t, h, dtype=like.dtype),
-        *inputs[4:7],
+        empty(like, h, problem.mini_batch),
+        *(empty(like, h, d) for _ in range(2)),
         empty(like, b, h, d, d),
         empty(like, b, h, d),
     )
-    ln_weight, ln_bias = (empty(like, 2, b, h, chunks, d) for _ in range(2))
-    parts = _Parts(gradients, empty(like, b * h * chunks, c), empty(like, b * h * chunks, 2, c), ln_weight, ln_bias)
+    shape = b, h, chunks
+    parts = Parts(
+        empty(like, *shape, problem.mini_batch), empty(like, 2, *shape), *(empty(like, 2, *shape, d) for _ in range(2))
+    )
     buffers = [_buffers(like, problem, sizes) for _ in sizes.segments[:2]]
     spent = State(empty(like, b, h, d, d), empty(like, b, h, d))  # the state that recomputing ends with
     common = {"inputs": tokens(*inputs[:4]), "shared": Shared(*inputs[4:7]), "heads": h}
-    written = {"d_inputs": tokens(*gradients[:4]), "d_eta_last": parts.eta_last, "all_chunks": chunks}
+    written = {"d_inputs": tokens(*gradients[:4]), "parts": parts, "all_chunks": chunks, "chains": b * h}
     many = len(sizes.segments) > 1
     steps: list[Step] = []
     update: tuple[int, ...] = ()  # the step that frees the buffers of the segment before
@@ -258,11 +249,8 @@ def plan_backward(cotangents: LinearOutputs, residuals: Residuals, problem: Prob
         segment, kept, pulled = buffers[number % 2]
         d_start = State(*gradients[7:]) if number == 0 else State(empty(like, b, h, d, d), empty(like, b, h, d))
         steps.append(Step(_recur(residuals, problem, sizes, number, spent, segment, kept), 1 if many else 0, update))
-        arguments = {**common, "segment": segment, "pulled": pulled, **written}
-        read = arguments | {
-            "d_out": view(cotangents.out),
-            "d_shared": Shared(parts.token_eta, ln_weight[0], ln_bias[0]),
-        }
+        arguments = {**common, "segment": segment, "kept": kept, "pulled": pulled, **written}
+        read = arguments | {"d_out": view(cotangents.out)}
         launch = _launch_chunks(split_read_out_backward, problem, sizes, span, read, EPS=problem.eps)
         steps.append(Step(launch, 0, (len(steps) - 1,)))
         reverse = _reverse(common, kept, pulled, d_state, d_start, problem, sizes, span)
@@ -270,18 +258,36 @@ def plan_backward(cotangents: LinearOutputs, residuals: Residuals, problem: Prob
         update = (len(steps),) if waiting else ()
         steps += waiting
         after = len(steps) - 1 - len(waiting)
-        change = arguments | {"kept": kept, "d_shared": Shared(parts.token_eta, ln_weight[1], ln_bias[1])}
-        waiting = [Step(_launch_chunks(split_update_backward, problem, sizes, span, change), 0, (after,))]
+        change = _launch_chunks(split_update_backward, problem, sizes, span, arguments, EPS=problem.eps)
+        waiting = [Step(change, 0, (after,))]
         d_state = d_start
-    return parts, steps + waiting
+    return gradients, [*steps, *waiting, Step(_sums(parts, gradients, problem, sizes))]
+
+
+def _sums(parts: Parts, gradients: LinearInputs, problem: Problem, sizes: _Sizes) -> Launch:
+    arguments = {
+        "parts": parts,
+        "d_token_eta": gradients.token_eta,
+        "d_ln_weight": gradients.ln_weight,
+        "d_ln_bias": gradients.ln_bias,
+        "batch": problem.batch,
+        "heads": problem.heads,
+        "chunks": problem.mini_batches // sizes.per_chunk,
+    }
+    constants = _constants(problem, sizes)
+    read = problem.causal or sizes.per_chunk > 1
+    constants = {name: constants[name] for name in ("D", "BLOCK_D", "M")} | {"READ": read, "ROWS": 64}
+    return Launch(split_sums, 3 * problem.heads, arguments, constants, {"num_warps": 8})
 
 
 def _buffers(like: Tensor, problem: Problem, sizes: _Sizes) -> tuple[Segment, Kept, Pulled]:
     """Memory that the kernels of one segment use."""
     b, h, d = problem.batch, problem.heads, problem.head_dim
     rows, chunks = (b, h, sizes.longest * problem.mini_batch), sizes.longest // sizes.per_chunk
-    # x_hat unrounded: where the inner loss is nearly 0, g_z1 is what is left of x_hat when most of it cancels.
-    kept = Kept(empty(like, *rows, d), empty(like, *rows, d, dtype=like.dtype), empty(like, *rows, 8))
+    # x_hat unrounded: where the inner loss is nearly 0, g_z1 is what is left of x_hat when most of it cancels. Where
+    # chunks are mini-batches, it is computed again for that.
+    x_hat = empty(like, *rows, d, dtype=like.dtype if is_wide(problem) else torch.float32)
+    kept = Kept(x_hat, empty(like, *rows, d, dtype=like.dtype), empty(like, *rows, 8))
     pulled = Pulled(
         empty(like, b, h, chunks, d, d),
         empty(like, b, h, chunks, d),
@@ -300,7 +306,11 @@ def _reverse(
     of_segment = {"d_end": d_end, "d_start": d_start, "first": first, "mini_batches": mini_batches}
     arguments = {**common, "kept": kept, "pulled": pulled, **of_segment}
     setting = _setting(problem)
-    constants = _constants(problem, sizes) | {"CAUSAL": problem.causal, "TURN": setting.turn}
+    constants = _constants(problem, sizes) | {"CAUSAL": problem.causal}
+    if is_wide(problem):
+        del constants["C"]
+        return _launch_chains(split_reverse_recurrence_wide, problem, arguments, constants, *setting.reverse)
+    constants |= {"TURN": True}
     return _launch_chains(split_reverse_recurrence, problem, arguments, constants, *setting.reverse)
 
 
@@ -338,9 +348,12 @@ def _recur(
         "mini_batches": mini_batches,
     }
     setting = _setting(problem)
+    constants = _constants(problem, sizes) | {"EPS": problem.eps}
+    if is_wide(problem):
+        del arguments["kept"], constants["C"]
+        return _launch_chains(split_recurrence_wide, problem, arguments, constants, *setting.recurrence)
     keep, after = kept is not None, not problem.causal and sizes.per_chunk == 1  # then the read-out needs w alone
-    constants = _constants(problem, sizes) | {"EPS": problem.eps, "TURN": setting.turn}
-    constants |= {"KEEP": keep, "LR_G": keep or not after}
+    constants |= {"KEEP": keep, "LR_G": keep or not after, "TURN": True}
     return _launch_chains(split_recurrence, problem, arguments, constants, *setting.recurrence)
 
 
@@ -361,7 +374,7 @@ def _launch_chunks(
         kernel,
         problem.batch * problem.heads * chunks,
         arguments | {"first": first, "chunks": chunks},
-        _constants(problem, sizes) | {"CAUSAL": problem.causal} | constants,
+        _constants(problem, sizes) | {"CAUSAL": problem.causal, "WIDE": is_wide(problem)} | constants,
         {"num_warps": getattr(_setting(problem), kernel.__name__.removeprefix("split_"))},
     )
 

@@ -255,11 +255,17 @@ def _backward(
             # z1 = xk w1 + b1
             d_xk += d_error + matmul(d_z1, tl.trans(w), xk.dtype, PRECISION)
             store_tokens(d_inputs.xk, d_xk, batch, head, n, M, D, BLOCK_D)
-            if CAUSAL:
+            if CAUSAL and xk.dtype.is_fp32():  # both products at once: d_w is rounded once a mini-batch
+                both = matmul(tl.trans(xq), d_z1_bar, xq.dtype, PRECISION)
+                d_w += tl.dot(tl.trans(xk), d_z1, both, input_precision=PRECISION)
+                d_b += tl.sum(d_z1_bar + d_z1, 0)
+            elif CAUSAL:
                 d_w = matmul_add(tl.trans(xq), d_z1_bar, d_w, xq.dtype, PRECISION)
-                d_b += tl.sum(d_z1_bar, 0)
-            d_w = matmul_add(tl.trans(xk), d_z1, d_w, xk.dtype, PRECISION)
-            d_b += tl.sum(d_z1, 0)
+                d_w = matmul_add(tl.trans(xk), d_z1, d_w, xk.dtype, PRECISION)
+                d_b += tl.sum(d_z1_bar, 0) + tl.sum(d_z1, 0)
+            else:
+                d_w = matmul_add(tl.trans(xk), d_z1, d_w, xk.dtype, PRECISION)
+                d_b += tl.sum(d_z1, 0)
         tl.debug_barrier()  # every thread has read the weights that the next group overwrites
     store_matrix(d_start.w, d_w, chain, D, BLOCK_D)
     store_row(d_start.b, d_b, chain, D, BLOCK_D)
