@@ -11,6 +11,9 @@ import torch
 from implementations.triton.launch import Launch
 
 
+HOP = False
+
+
 class Step(NamedTuple):
     """A launch on lane `lane`, after those before it there and after the steps `after` on other lanes.
 
@@ -40,7 +43,12 @@ def run(steps: Sequence[Step], device: torch.device) -> None:
         stream = streams[step.lane]
         for other in step.after:
             if steps[other].lane != step.lane:
-                stream.wait_event(done[other])
+                if HOP and step.lane == 0:
+                    hop = _stream(device, -1)
+                    hop.wait_event(done[other])
+                    stream.wait_event(hop.record_event())
+                else:
+                    stream.wait_event(done[other])
         with torch.cuda.stream(stream):
             step.launch.run(device)
         if index in awaited:

@@ -11,6 +11,7 @@ from implementations.triton.blocks import (
     inner_gradient,
     inside,
     load_lr,
+    load_lr_paired,
     load_matrix,
     load_row,
     load_tokens,
@@ -22,7 +23,6 @@ from implementations.triton.blocks import (
     store_matrix,
     store_row,
     store_tokens,
-    token_pointers,
     wide,
 )
 
@@ -209,7 +209,7 @@ def eta_of(token_eta, M: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr):
 def split_recurrence(
     inputs, shared, start, end, segment, kept, heads, first, mini_batches,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr,
-    LR_G: tl.constexpr, TURN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    LR_G: tl.constexpr, PAIRED: tl.constexpr, TURN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Chain `program_id(0)` of one segment: its fast weights, lr g_z1, and what the second order needs."""
     chain = tl.program_id(0)
@@ -232,18 +232,15 @@ def split_recurrence(
     xk_next = load_tokens(inputs.xk, batch, head, first, M, D, BLOCK_D)
     xv_next = load_tokens(inputs.xv, batch, head, first, M, D, BLOCK_D)
     c_next = centred(xk_next, xv_next, ln_weight[None, :], ln_bias[None, :], D, BLOCK_D)
-    lr_next = tl.load(token_pointers(inputs.lr, batch, head, first, M))
     for i in tl.range(0, mini_batches, num_stages=STAGES):
         if i % R == 0:
             slot = chain * (chunks + 1) + i // R
             store_matrix(segment.w, w, slot, D, BLOCK_D)
             store_row(segment.b, bias_row(b, TURN), slot, D, BLOCK_D)
         xk = load_tokens(inputs.xk, batch, head, first + i, M, D, BLOCK_D)
-        # lr cannot be fetched by the hardware's asynchronous copy; a block that must be turned is better turned early.
-        lr = over_tokens(lr_next.to(tl.float32), TURN)
-        following = first + tl.minimum(i + 1, mini_batches - 1)
-        lr_next = tl.load(token_pointers(inputs.lr, batch, head, following, M))
-        if TURN:
+        lr = over_tokens(load_lr_paired(inputs.lr, batch, head, first + i, M, PAIRED), TURN)
+        if TURN:  # a block that must be turned is better turned early
+            following = first + tl.minimum(i + 1, mini_batches - 1)
             c = tl.trans(c_next)
             xk_next = load_tokens(inputs.xk, batch, head, following, M, D, BLOCK_D)
             xv_next = load_tokens(inputs.xv, batch, head, following, M, D, BLOCK_D)

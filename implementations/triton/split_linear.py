@@ -72,6 +72,7 @@ from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
 
 # Tokens between two saved states unless told otherwise: two segments are the fewest that overlap.
 LEAST, MOST = 1024, 4096
+BUFFERS = 2
 
 
 class Residuals(NamedTuple):
@@ -236,17 +237,18 @@ def plan_backward(
     parts = Parts(
         empty(like, *shape, problem.mini_batch), empty(like, 2, *shape), *(empty(like, 2, *shape, d) for _ in range(2))
     )
-    buffers = [_buffers(like, problem, sizes) for _ in sizes.segments[:2]]
+    buffers = [_buffers(like, problem, sizes) for _ in sizes.segments[:BUFFERS]]
     spent = State(empty(like, b, h, d, d), empty(like, b, h, d))  # the state that recomputing ends with
     common = {"inputs": tokens(*inputs[:4]), "shared": Shared(*inputs[4:7]), "heads": h}
     written = {"d_inputs": tokens(*gradients[:4]), "parts": parts, "all_chunks": chunks, "chains": b * h}
     many = len(sizes.segments) > 1
     steps: list[Step] = []
-    update: tuple[int, ...] = ()  # the step that frees the buffers of the segment before
+    updates: list[int] = []  # steps that free the buffers of a segment
     waiting: list[Step] = []  # its update waits for a step on another lane: the next read-out goes before it
     d_state = State(*cotangents[1:])
     for number, span in reversed(list(enumerate(sizes.segments))):
-        segment, kept, pulled = buffers[number % 2]
+        segment, kept, pulled = buffers[number % BUFFERS]
+        update = (updates[1 - BUFFERS],) if len(updates) >= BUFFERS - 1 else ()
         d_start = State(*gradients[7:]) if number == 0 else State(empty(like, b, h, d, d), empty(like, b, h, d))
         steps.append(Step(_recur(residuals, problem, sizes, number, spent, segment, kept), 1 if many else 0, update))
         arguments = {**common, "segment": segment, "kept": kept, "pulled": pulled, **written}
@@ -255,7 +257,7 @@ def plan_backward(
         steps.append(Step(launch, 0, (len(steps) - 1,)))
         reverse = _reverse(common, kept, pulled, d_state, d_start, problem, sizes, span)
         steps.append(Step(reverse, 2 if many else 0, (len(steps) - 1,)))
-        update = (len(steps),) if waiting else ()
+        updates += [len(steps)] * len(waiting)
         steps += waiting
         after = len(steps) - 1 - len(waiting)
         change = _launch_chunks(split_update_backward, problem, sizes, span, arguments, EPS=problem.eps)
@@ -331,6 +333,12 @@ def _segment(like: Tensor, problem: Problem, sizes: _Sizes) -> Segment:
     )
 
 
+def _paired(lr: Tensor) -> bool:
+    """Whether two heads of every token lie in four aligned bytes."""
+    strides = lr.stride(0), lr.stride(1), lr.shape[2], lr.storage_offset()
+    return lr.element_size() == 2 and lr.stride(2) == 1 and not any(number % 2 for number in strides)
+
+
 def _recur(
     residuals: Residuals, problem: Problem, sizes: _Sizes, number: int, end: State, segment: Segment, kept: Kept | None
 ) -> Launch:
@@ -348,7 +356,7 @@ def _recur(
         "mini_batches": mini_batches,
     }
     setting = _setting(problem)
-    constants = _constants(problem, sizes) | {"EPS": problem.eps}
+    constants = _constants(problem, sizes) | {"EPS": problem.eps, "PAIRED": _paired(inputs.lr)}
     if is_wide(problem):
         del arguments["kept"], constants["C"]
         return _launch_chains(split_recurrence_wide, problem, arguments, constants, *setting.recurrence)

@@ -14,6 +14,7 @@ from implementations.triton.blocks import (
     INTERPRETED,
     inside,
     load_matrix,
+    load_lr_paired,
     load_row,
     load_tokens,
     matmul,
@@ -21,7 +22,6 @@ from implementations.triton.blocks import (
     mean,
     nearest,
     store_matrix,
-    token_pointers,
     wide,
 )
 from implementations.triton.split_forward import load_rows, store_rows
@@ -78,8 +78,8 @@ def _store_first_row(p, x, index, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit(do_not_specialize=["first", "mini_batches"])  # one program for every length
 def split_recurrence_wide(
     inputs, shared, start, end, segment, heads, first, mini_batches,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, SUM: tl.constexpr = 1,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, EPS: tl.constexpr, PAIRED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, SUM: tl.constexpr = 1,
 ):  # fmt: skip
     """Chain `program_id(0)` of one segment: its fast weights."""
     chain = tl.program_id(0)
@@ -94,16 +94,13 @@ def split_recurrence_wide(
     mean_w, mean_b = mean(w, D), mean(b, D)
     w = inside(w - mean_w, D, BLOCK_D)
     b = inside(tl.zeros([M, BLOCK_D], tl.float32) + (b - mean_b), D, BLOCK_D)
-    lr_next = tl.load(token_pointers(inputs.lr, batch, head, first, M))
     slot = chain * (mini_batches + 1)
     for i in tl.range(0, mini_batches, num_stages=STAGES):
         store_matrix(segment.w, w, slot + i, D, BLOCK_D)
         _store_first_row(segment.b, b, slot + i, D, BLOCK_D)
-        lr = lr_next.to(tl.float32)[:, None]
+        lr = load_lr_paired(inputs.lr, batch, head, first + i, M, PAIRED)[:, None]
         if not DTYPE.is_fp16():
             lr *= -eta_last
-        following = first + tl.minimum(i + 1, mini_batches - 1)
-        lr_next = tl.load(token_pointers(inputs.lr, batch, head, following, M))
         xk = load_tokens(inputs.xk, batch, head, first + i, M, D, BLOCK_D)
         xv = load_tokens(inputs.xv, batch, head, first + i, M, D, BLOCK_D)
         z1 = matmul_add(xk, w, b, DTYPE, PRECISION)  # [M, D] @ [D, D] -> [M, D]
