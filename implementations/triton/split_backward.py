@@ -27,10 +27,8 @@ from implementations.triton.blocks import (
 )
 from implementations.triton.split_forward import (
     beside,
-    bias_add,
     bias_block,
     bias_row,
-    bias_start,
     by_xk,
     by_z1,
     eta_of,
@@ -38,10 +36,7 @@ from implementations.triton.split_forward import (
     inside_d,
     load_rows,
     multiply_add,
-    over_d,
-    over_tokens,
     store_rows,
-    turn,
 )
 
 
@@ -153,25 +148,24 @@ def _fetch(kept, pulled, row, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.cons
 def split_reverse_recurrence(
     inputs, shared, kept, pulled, d_end, d_start, heads, first, mini_batches,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr,
-    TURN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Chain `program_id(0)` of one segment, from its end: d_w, d_b and d_lr_g."""
     chain = tl.program_id(0)
     batch, head = chain // heads, chain % heads
     DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
     AFTER: tl.constexpr = not CAUSAL and C == M
-    AXIS: tl.constexpr = 0 if TURN else 1
     R: tl.constexpr = C // M
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)
-    square = over_d(ln_weight * ln_weight, TURN)
+    square = (ln_weight * ln_weight)[:, None]
     d_w = tl.trans(load_matrix(d_end.w, chain, D, BLOCK_D))  # [D of z1, D of xk]
     d_b = load_row(d_end.b, chain, D, BLOCK_D)
     mean_w = tl.sum(d_w, 0) * (1.0 / D)
     mean_b = tl.sum(d_b, 0) * (1.0 / D)
-    d_w = inside_d(d_w - mean_w[None, :], D, BLOCK_D, True)
+    d_w = inside_d(d_w - mean_w[None, :], D, BLOCK_D)
     d_b = tl.where(tl.arange(0, BLOCK_D) < D, d_b - mean_b, 0.0)
-    d_b = bias_start(d_b, M, BLOCK_D, TURN)
+    d_b = bias_block(d_b, M, BLOCK_D)
     read_w = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     read_b = tl.zeros([BLOCK_D], tl.float32)
     last = ((chain + 1) * mini_batches - 1) * M
@@ -181,47 +175,39 @@ def split_reverse_recurrence(
         chunk = chain * (mini_batches // R) + i // R
         if AFTER:
             d_w += load_matrix(pulled.read_w, chunk, D, BLOCK_D)
-            d_b += bias_start(load_row(pulled.read_b, chunk, D, BLOCK_D), M, BLOCK_D, TURN)
+            d_b += bias_block(load_row(pulled.read_b, chunk, D, BLOCK_D), M, BLOCK_D)
         if i % R == R - 1:
             if not AFTER:  # needed when the chunk is done
                 read_w = load_matrix(pulled.read_w, chunk, D, BLOCK_D)
                 read_b = load_row(pulled.read_b, chunk, D, BLOCK_D)
             store_matrix(pulled.d_w, d_w, chunk, D, BLOCK_D)
-            store_row(pulled.d_b, bias_row(d_b, TURN), chunk, D, BLOCK_D)
+            store_row(pulled.d_b, bias_row(d_b), chunk, D, BLOCK_D)
         xk = load_tokens(inputs.xk, batch, head, first + i, M, D, BLOCK_D)
         row = (chain * mini_batches + i) * M
         at = kept.five + wide(chain * mini_batches + i) * 8 * M + tl.arange(0, M)
-        lr, rstd = over_tokens(tl.load(at), TURN), over_tokens(tl.load(at + M), TURN)
-        q, q1 = over_tokens(tl.load(at + 2 * M), TURN), over_tokens(tl.load(at + 3 * M), TURN)
-        q3 = over_tokens(tl.load(at + 4 * M), TURN)
-        if TURN:
-            x_hat, y, part = tl.trans(x_hat_next), tl.trans(y_next), tl.trans(part_next)
-            following = (chain * mini_batches + tl.maximum(i - 1, 0)) * M
-            x_hat_next, y_next, part_next = _fetch(kept, pulled, following, M, D, BLOCK_D, AFTER)
-        else:
-            x_hat, y, part = _fetch(kept, pulled, row, M, D, BLOCK_D, AFTER)
-        b_block = bias_block(d_b, M, BLOCK_D, TURN)
-        if TURN:
-            d_lr_g = -eta_last * matmul_add(d_w, tl.trans(xk), b_block, DTYPE, PRECISION)  # [D, D] @ [D, M] -> [D, M]
-        else:
-            d_lr_g = -eta_last * matmul_add(xk, tl.trans(d_w), b_block, DTYPE, PRECISION)  # [M, D] @ [D, D] -> [M, D]
+        lr, rstd, q = tl.load(at)[None, :], tl.load(at + M)[None, :], tl.load(at + 2 * M)[None, :]
+        q1, q3 = tl.load(at + 3 * M)[None, :], tl.load(at + 4 * M)[None, :]
+        x_hat, y, part = tl.trans(x_hat_next), tl.trans(y_next), tl.trans(part_next)
+        following = (chain * mini_batches + tl.maximum(i - 1, 0)) * M
+        x_hat_next, y_next, part_next = _fetch(kept, pulled, following, M, D, BLOCK_D, AFTER)
+        d_lr_g = -eta_last * matmul_add(d_w, tl.trans(xk), d_b, DTYPE, PRECISION)  # [D, D] @ [D, M] -> [D, M]
         if not AFTER:
             d_lr_g += part.to(tl.float32)
-        store_rows(pulled.d_lr_g, turn(d_lr_g, TURN), row, D, BLOCK_D, M)
+        store_rows(pulled.d_lr_g, tl.trans(d_lr_g), row, D, BLOCK_D, M)
         v = lr * d_lr_g
         x_hat, y = beside(x_hat.to(tl.float32), v), beside(y.to(tl.float32), v)
         scaled = square * v
-        a, w_v, v_y, _ = four_sums(v * x_hat, scaled, v * y, v, AXIS, DTYPE, PRECISION)
+        a, w_v, v_y, _ = four_sums(v * x_hat, scaled, v * y, v, DTYPE, PRECISION)
         a, w_v, v_y = a * (1.0 / D), w_v * (1.0 / D), v_y * (1.0 / D)
         d_z1 = rstd * rstd * (scaled - q * v - a * y - (w_v - a * q1) - x_hat * (v_y - a * q3))
-        d_z1 = inside_d(d_z1, D, BLOCK_D, TURN)
-        d_w = multiply_add(d_z1 if TURN else tl.trans(d_z1), xk, d_w, 1.0, DTYPE, PRECISION)
-        d_b = bias_add(d_b, d_z1, 1.0, TURN)
+        d_z1 = inside_d(d_z1, D, BLOCK_D)
+        d_w = multiply_add(d_z1, xk, d_w, 1.0, DTYPE, PRECISION)
+        d_b += tl.sum(d_z1, 1, keep_dims=True)
         if not AFTER and i % R == 0:
             d_w += read_w
-            d_b += bias_start(read_b, M, BLOCK_D, TURN)
-    store_matrix(d_start.w, tl.trans(inside_d(d_w + mean_w[None, :], D, BLOCK_D, True)), chain, D, BLOCK_D)
-    store_row(d_start.b, bias_row(d_b, TURN) + mean_b, chain, D, BLOCK_D)
+            d_b += bias_block(read_b, M, BLOCK_D)
+    store_matrix(d_start.w, tl.trans(inside_d(d_w + mean_w[None, :], D, BLOCK_D)), chain, D, BLOCK_D)
+    store_row(d_start.b, bias_row(d_b) + mean_b, chain, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["first", "chunks", "all_chunks", "chains"])  # one program for every length

@@ -312,7 +312,6 @@ def _reverse(
     if is_wide(problem):
         del constants["C"]
         return _launch_chains(split_reverse_recurrence_wide, problem, arguments, constants, *setting.reverse)
-    constants |= {"TURN": True}
     return _launch_chains(split_reverse_recurrence, problem, arguments, constants, *setting.reverse)
 
 
@@ -361,7 +360,7 @@ def _recur(
         del arguments["kept"], constants["C"]
         return _launch_chains(split_recurrence_wide, problem, arguments, constants, *setting.recurrence)
     keep, after = kept is not None, not problem.causal and sizes.per_chunk == 1  # then the read-out needs w alone
-    constants |= {"KEEP": keep, "LR_G": keep or not after, "TURN": True}
+    constants |= {"KEEP": keep, "LR_G": keep or not after}
     return _launch_chains(split_recurrence, problem, arguments, constants, *setting.recurrence)
 
 
