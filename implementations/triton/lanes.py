@@ -11,9 +11,6 @@ import torch
 from implementations.triton.launch import Launch
 
 
-HOP = False
-
-
 class Step(NamedTuple):
     """A launch on lane `lane`, after those before it there and after the steps `after` on other lanes.
 
@@ -43,12 +40,7 @@ def run(steps: Sequence[Step], device: torch.device) -> None:
         stream = streams[step.lane]
         for other in step.after:
             if steps[other].lane != step.lane:
-                if HOP and step.lane == 0:
-                    hop = _stream(device, -1)
-                    hop.wait_event(done[other])
-                    stream.wait_event(hop.record_event())
-                else:
-                    stream.wait_event(done[other])
+                stream.wait_event(done[other])
         with torch.cuda.stream(stream):
             step.launch.run(device)
         if index in awaited:

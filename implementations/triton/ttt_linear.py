@@ -398,7 +398,9 @@ def _constants(problem: Problem, group: int) -> dict[str, object]:
 
 
 def _options(pass_: str, problem: Problem) -> dict[str, int]:
-    """Warps by what ptxas spills, stages by what shared memory holds; untimed."""
+    """Warps by what ptxas spills, stages by what shared memory holds and what loads a step ahead are worth."""
     d, m = block_d(problem), problem.mini_batch
     warps = 4 if max(d, m) <= 64 else 8
-    return {"num_warps": warps if pass_ == "forward" else 2 * warps, "num_stages": 2 if d * m <= 64 * 64 else 1}
+    if d * m > 64 * 64:
+        return {"num_warps": warps if pass_ == "forward" else 2 * warps, "num_stages": 1}
+    return {"num_warps": warps, "num_stages": 3} if pass_ == "forward" else {"num_warps": 2 * warps, "num_stages": 2}
