@@ -43,11 +43,11 @@ from implementations.triton.split_forward import (
 class Pulled(NamedTuple):
     """Pointers to cotangents on their way from one kernel of the backward to the next."""
 
-    read_w: Any  # [B H, chunks, D, D] transposed: what the read-out adds to d_w
+    read_w: Any  # [B H, chunks, D, D] transposed unless wide: what the read-out adds to d_w
     read_b: Any  # [B H, chunks, D]
-    part: Any  # [B H, tokens, D] I/O dtype: d_lr_g of the read-out
+    part: Any  # [B H, tokens, D] I/O dtype: d_lr_g of the read-out, if it reads the weights before the chunk
     d_lr_g: Any  # [B H, tokens, D] I/O dtype
-    d_w: Any  # [B H, chunks, D, D] I/O dtype, transposed: at the end of the chunk
+    d_w: Any  # [B H, chunks, D, D] I/O dtype, transposed unless wide: at the end of the chunk
     d_b: Any  # [B H, chunks, D]
 
 
@@ -91,7 +91,6 @@ def split_read_out_backward(
     AFTER: tl.constexpr = not CAUSAL and C == M
     mine = chain * all_chunks + first + chunk
     row = (chain * chunks + chunk) * C
-    rows = tl.arange(0, C)
     ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)[None, :]
     if WIDE:
         lr_g = _keep(
@@ -116,10 +115,7 @@ def split_read_out_backward(
     d_z = project(d_o * ln_weight, x_hat, rstd, D, BLOCK_D)
     store_row(parts.ln_weight, tl.sum(d_o * x_hat, 0), mine, D, BLOCK_D)
     store_row(parts.ln_bias, tl.sum(d_o, 0), mine, D, BLOCK_D)
-    if WIDE:
-        read_w = matmul(tl.trans(xq), d_z, DTYPE, PRECISION)
-    else:
-        read_w = matmul(tl.trans(d_z), xq, DTYPE, PRECISION)
+    read_w = matmul(tl.trans(xq), d_z, DTYPE, PRECISION) if WIDE else matmul(tl.trans(d_z), xq, DTYPE, PRECISION)
     store_matrix(pulled.read_w, read_w, chain * chunks + chunk, D, BLOCK_D)
     store_row(pulled.read_b, tl.sum(d_z, 0), chain * chunks + chunk, D, BLOCK_D)
     d_xq = d_o + matmul(d_z, by_z1(w, WIDE), DTYPE, PRECISION)  # [C, D] @ [D, D] -> [C, D]
@@ -242,10 +238,7 @@ def split_update_backward(
         x_hat = load_rows(kept.x_hat, row, D, BLOCK_D, C).to(tl.float32)
         rstd = tl.load(kept.five + wide(chain * chunks + chunk) * R * 8 * M + rows // M * 8 * M + M + rows % M)[:, None]
     g = project(ln_weight * (ln_weight * x_hat + ln_bias - target), x_hat, rstd, D, BLOCK_D)
-    if WIDE:
-        lr_g = lr * g
-    else:
-        lr_g = load_rows(segment.lr_g, row, D, BLOCK_D, C).to(tl.float32)
+    lr_g = lr * g if WIDE else load_rows(segment.lr_g, row, D, BLOCK_D, C).to(tl.float32)
     d_lr = nearest(tl.sum(d_lr_g * g, 1), DTYPE)
     tl.store(token_pointers(d_inputs.lr, batch, head, first + chunk, C), d_lr)
     d_z1, d_error, d_ln_weight, d_ln_bias = inner_gradient_backward(

@@ -30,15 +30,15 @@ from implementations.triton.blocks import (
 class Segment(NamedTuple):
     """Pointers to what the kernels of one segment hand to each other; [tokens] counts those of the segment."""
 
-    w: Any  # [B H, chunks + 1, D, D] I/O dtype, transposed: before each chunk and after the last
+    w: Any  # [B H, chunks + 1, D, D] I/O dtype, transposed unless wide: before each chunk and after the last
     b: Any  # [B H, chunks + 1, D]
-    lr_g: Any  # [B H, tokens, D] I/O dtype
+    lr_g: Any  # [B H, tokens, D] I/O dtype; unused where wide
 
 
 class Kept(NamedTuple):
     """Pointers to what the second order needs of the inner LayerNorm of each token."""
 
-    x_hat: Any  # [B H, tokens, D]
+    x_hat: Any  # [B H, tokens, D], in the I/O dtype where wide
     y: Any  # [B H, tokens, D] I/O dtype
     five: Any  # [B H, mini-batches, 8, M]: lr, rstd, q, q1, q3
 

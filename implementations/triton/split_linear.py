@@ -10,6 +10,10 @@ by kernels with one program for every chunk of C = R M tokens of every chain:
                split_read_out_backward   d_xq, and all that reaches w and lr g_z1 of the chunk through the read-out
                split_reverse_recurrence  d_lr_g of each token, d_w and d_b at the end of each chunk
                split_update_backward     d_xk, d_xv, d_lr
+               split_sums                d_ln_weight, d_ln_bias, d_token_eta from the parts that the chunks wrote
+
+Where M >= 64 the recurrences are those of `split_wide`: a chunk is one mini-batch, whose w is stored, and what the
+second order needs of it, and lr g_z1, is computed from that w again by the kernels of the chunks, off the chain.
 
 In the read-out of a chunk eta[i, j] is token_eta[i] within a mini-batch (j <= i), token_eta[M-1] where j's mini-batch
 comes before i's, else 0: the dual form holds for any number of mini-batches once their gradients are known. At M = 16
@@ -29,20 +33,22 @@ y = 2 ln_weight^2 x_hat + c:
     d_z1 = rstd^2 ((ln_weight^2 - q) v - a y - (mean(ln_weight^2 v) - a q1) - x_hat (mean(v y) - a q3))
     a = mean(v x_hat), q1 = mean(y), q3 = mean(ln_weight^2 x_hat^2) + 3 q
 
-Segments run on three streams (`lanes`): the recurrences leave most of the card idle, and the chunks of one segment fill
-it while the next one is under way.
+Segments run on three streams (`lanes`), three of them at once in a backward: the recurrences leave most of the card
+idle, and the chunks of one segment run while the next one is under way. Beside the kernels of the chunks a recurrence
+is up to twice as slow, and they are too: on lm-1.3b, with two segments, overlap is worth 4% of a forward and backward.
 
-What it bought, kernels alone on one H100, bf16 (results/h100/triton_linear_kernels.csv): a mini-batch of lm-1.3b takes
-1.0 to 1.3 us in the recurrence and 1.3 us in the reverse one (everything in one loop: 2.7 and 7.7); the chunks 0.065 ms
-forward, 0.36 ms backward. The loop is latency: of 1.67 us in its first form the four row sums across warps were 0.54
-(now a product with ones), and 0.3 to 0.4 the wait for loads that were asked for at the end of the step before (now a
-whole step ahead: three stages, not two). Two warps (no warp-group product, half the barriers) need 2.3 us, eight 1.4.
+Measured on one H100, bf16, calls behind a spin (development runs of 2026-11-24). Recurrence alone, us a mini-batch:
+0.78 to 0.82 at M = 16 (lm-1.3b); 1.9 at M = 64 (video-5b), 2.2 in one loop for every M before. What made it faster:
+sums across warps as a product with ones; loads two steps ahead (three stages, not two); lr, too small for an
+asynchronous copy, by way of two heads at once (0.97 before: likely its load held up the fences of the step). The wide
+recurrence takes 1.9 or 2.9 us, likely as one or two programs run on a multiprocessor, which they share with the chunks
+of the segment before: a forward keeps them apart, and video-5b takes 0.61 instead of 0.74 ms.
 
 Memory, bytes a token and head at D = 64 in bf16 (`saved_bytes`, `workspace_bytes`), beside 386 of inputs:
 
     G M tokens                     1024   4096   16384
     saved for the backward         15.7    3.6     0.5   lm-1.3b-long (T = 32768)
-    held while a backward runs       83    332    1325   the buffers of two segments: as many MiB there
+    held while a backward runs      125    497    1325   the buffers of three segments, of two in the last column
 """
 
 from __future__ import annotations
@@ -72,7 +78,8 @@ from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
 
 # Tokens between two saved states unless told otherwise: two segments are the fewest that overlap.
 LEAST, MOST = 1024, 4096
-BUFFERS = 2
+SMS = 132  # of an H100
+BUFFERS = 3  # segments of a backward under way at once
 
 
 class Residuals(NamedTuple):
@@ -104,11 +111,12 @@ def _sizes(problem: Problem, group: int) -> _Sizes:
 
 
 class _Setting(NamedTuple):
-    """How the kernels are compiled for one size."""
+    """How the kernels are compiled for one size; warps, and stages of the loops."""
 
-    recurrence: tuple[int, int]  # warps, stages
+    recurrence: tuple[int, int]
+    recompute: tuple[int, int]  # the recurrence in a backward
     reverse: tuple[int, int]
-    read_out: int  # warps
+    read_out: int
     read_out_backward: int
     update_backward: int
 
@@ -116,9 +124,11 @@ class _Setting(NamedTuple):
 def _setting(problem: Problem) -> _Setting:
     d, m = block_d(problem), problem.mini_batch
     if max(d, m) <= 64:
-        return _Setting((4, 3), (4, 3), 4, 4, 4)
+        # Eight stages take more than half of an SM's shared memory: no two of a few programs meet there.
+        alone = is_wide(problem) and problem.dtype != "fp32" and problem.batch * problem.heads <= SMS
+        return _Setting((4, 8 if alone else 3), (4, 3), (4, 3), 4, 4, 4)
     stages = 3 if d * m <= 64 * 64 else 2 if d * m <= 128 * 64 else 1
-    return _Setting((8, stages), (8, stages), 8, 8, 8)
+    return _Setting((8, stages), (8, stages), (8, stages), 8, 8, 8)
 
 
 def is_wide(problem: Problem) -> bool:
@@ -143,8 +153,8 @@ def workspace_bytes(problem: Problem, group: int) -> float:
     """What a backward holds while it runs beside inputs and gradients, a token and head."""
     like = meta(LinearInputs, problem).xq
     sizes = _sizes(problem, group)
-    buffers = [_buffers(like, problem, sizes) for _ in sizes.segments[:2]]
-    total = sum(x.nbytes for buffer in buffers for kind in buffer for x in kind)
+    buffers = [_buffers(like, problem, sizes) for _ in sizes.segments[:BUFFERS]]
+    total = sum(x.nbytes for buffer in buffers for kind in buffer for x in kind if x is not like)
     return total / (problem.batch * problem.heads * problem.tokens)
 
 
@@ -217,9 +227,7 @@ def plan_forward(inputs: LinearInputs, problem: Problem, group: int) -> tuple[Li
     return outputs, residuals, steps
 
 
-def plan_backward(
-    cotangents: LinearOutputs, residuals: Residuals, problem: Problem
-) -> tuple[LinearInputs, list[Step]]:
+def plan_backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) -> tuple[LinearInputs, list[Step]]:
     """The gradients, that of token_eta still of each head, [H, M], and the launches that fill them."""
     inputs, sizes = residuals.inputs, _sizes(problem, residuals.group)
     b, t, h, d = inputs.xq.shape
@@ -290,10 +298,13 @@ def _buffers(like: Tensor, problem: Problem, sizes: _Sizes) -> tuple[Segment, Ke
     # chunks are mini-batches, it is computed again for that.
     x_hat = empty(like, *rows, d, dtype=like.dtype if is_wide(problem) else torch.float32)
     kept = Kept(x_hat, empty(like, *rows, d, dtype=like.dtype), empty(like, *rows, 8))
+    # A read-out of the weights after its chunk sends nothing to lr g_z1: another tensor stands in for what is not used.
+    part = empty(like, *rows, d, dtype=like.dtype) if problem.causal or not is_wide(problem) else like
     pulled = Pulled(
         empty(like, b, h, chunks, d, d),
         empty(like, b, h, chunks, d),
-        *(empty(like, *rows, d, dtype=like.dtype) for _ in range(2)),
+        part,
+        empty(like, *rows, d, dtype=like.dtype),
         empty(like, b, h, chunks, d, d, dtype=like.dtype),
         empty(like, b, h, chunks, d),
     )
@@ -328,7 +339,7 @@ def _segment(like: Tensor, problem: Problem, sizes: _Sizes) -> Segment:
     return Segment(
         empty(like, b, h, chunks + 1, d, d, dtype=like.dtype),
         empty(like, b, h, chunks + 1, d),
-        empty(like, b, h, sizes.longest * problem.mini_batch, d, dtype=like.dtype),
+        like if is_wide(problem) else empty(like, b, h, sizes.longest * problem.mini_batch, d, dtype=like.dtype),
     )
 
 
@@ -354,14 +365,14 @@ def _recur(
         "first": first,
         "mini_batches": mini_batches,
     }
-    setting = _setting(problem)
+    loop = _setting(problem).recurrence if kept is None else _setting(problem).recompute
     constants = _constants(problem, sizes) | {"EPS": problem.eps, "PAIRED": _paired(inputs.lr)}
     if is_wide(problem):
         del arguments["kept"], constants["C"]
-        return _launch_chains(split_recurrence_wide, problem, arguments, constants, *setting.recurrence)
+        return _launch_chains(split_recurrence_wide, problem, arguments, constants, *loop)
     keep, after = kept is not None, not problem.causal and sizes.per_chunk == 1  # then the read-out needs w alone
     constants |= {"KEEP": keep, "LR_G": keep or not after}
-    return _launch_chains(split_recurrence, problem, arguments, constants, *setting.recurrence)
+    return _launch_chains(split_recurrence, problem, arguments, constants, *loop)
 
 
 def _launch_chains(
@@ -396,17 +407,17 @@ def _constants(problem: Problem, sizes: _Sizes) -> dict[str, Any]:
     }
 
 
-# Declared spills, bytes a thread, of the worst of sm_80, sm_90 and sm_100 under Triton 3.7, and a little for others. On
-# sm_90 it is 16 at M = 16, in the recurrence that keeps x_hat and y; at M = 64, where a block [M, D] is 32 registers of
-# each of 128 threads, 480 in that one and 140 in the reverse one of a causal problem.
+# Declared spills, bytes a thread, of sm_80 and sm_100 under Triton 3.7, and a little for others; sm_90 has none.
 _SPILLS = {
     ("split_recurrence", 16): 512,
     ("split_read_out_backward", 16): 512,
     ("split_reverse_recurrence", 16): 128,
     ("split_update_backward", 16): 640,
-    ("split_recurrence", 64): 2400,
-    ("split_read_out_backward", 64): 512,
-    ("split_reverse_recurrence", 64): 896,
+    ("split_recurrence_wide", 64): 256,
+    ("split_read_out", 64): 320,
+    ("split_read_out_backward", 64): 1024,
+    ("split_reverse_recurrence_wide", 64): 640,
+    ("split_update_backward", 64): 512,
 }
 
 

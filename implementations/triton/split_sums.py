@@ -43,9 +43,11 @@ def split_sums(
     """
     head, which = tl.program_id(0) % heads, tl.program_id(0) // heads
     if which == 0:
-        store_row(d_ln_weight, _sum(parts.ln_weight, 0, 2 * batch, head, heads, chunks, D, BLOCK_D, ROWS), head, D, BLOCK_D)
+        total = _sum(parts.ln_weight, 0, 2 * batch, head, heads, chunks, D, BLOCK_D, ROWS)
+        store_row(d_ln_weight, total, head, D, BLOCK_D)
     elif which == 1:
-        store_row(d_ln_bias, _sum(parts.ln_bias, 0, 2 * batch, head, heads, chunks, D, BLOCK_D, ROWS), head, D, BLOCK_D)
+        total = _sum(parts.ln_bias, 0, 2 * batch, head, heads, chunks, D, BLOCK_D, ROWS)
+        store_row(d_ln_bias, total, head, D, BLOCK_D)
     else:
         last = _sum(parts.eta_last, 0 if READ else batch, 2 * batch, head, heads, chunks, 1, 1, ROWS)
         d_eta = tl.where(tl.arange(0, M) == M - 1, tl.sum(last), 0.0)

@@ -13,8 +13,8 @@ import triton.language as tl
 from implementations.triton.blocks import (
     INTERPRETED,
     inside,
-    load_matrix,
     load_lr_paired,
+    load_matrix,
     load_row,
     load_tokens,
     matmul,
