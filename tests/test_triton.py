@@ -40,10 +40,12 @@ CELLS = [
 ]
 
 
-# A chunk of four mini-batches, of two, and of one whose read-out is of what it wrote; padded D.
+# A chunk of four mini-batches, of two, and of one, whose read-out is of what it read or of what it wrote; padded D;
+# heads whose lr come in pairs.
 SPLIT_CELLS = [
     (replace(CASES["stress-strided"], tokens=64, heads=1), "bf16"),
-    (replace(CASES["stress-not-causal"], tokens=32, batch=1, heads=1), "fp16"),
+    (replace(CASES["stress-not-causal"], tokens=32, batch=1, heads=2), "fp16"),
+    (replace(CASES["lm-1.3b-m64"], tokens=128, batch=1, heads=2), "bf16"),
     (replace(CASES["stress-not-causal"], tokens=128, batch=1, heads=1, mini_batch=64), "bf16"),
     (replace(CASES["size-d96-m32"], heads=1, tokens=64), "bf16"),
     (replace(CASES["stress-near-constant-rows"], batch=1, heads=1, tokens=64), "fp32"),
@@ -114,14 +116,14 @@ def test_segments_of_the_split_change_little():
     code = """
 from implementations.triton import split_linear as page
 results = []
-for group in (4, 2, 3):
+for group in (4, 2, 3, 1):
     outputs, residuals = page.forward(inputs, problem, group)
     results.append((*outputs, *page.backward(cotangents, residuals, problem)))
     near = all((x - y).abs().max() <= 1e-5 * y.abs().max() for x, y in zip(results[-1], results[0]))
     saved = (residuals.saved_w1.nbytes + residuals.saved_b1.nbytes) / problem.tokens
     print(tuple(residuals.saved_w1.shape), near, saved == page.saved_bytes(problem, group))
 """
-    assert interpreted(code) == [f"({segments}, 1, 1, 16, 16) True True" for segments in (0, 1, 1)]
+    assert interpreted(code) == [f"({segments}, 1, 1, 16, 16) True True" for segments in (0, 1, 1, 3)]
 
 
 @needs_triton
@@ -129,10 +131,10 @@ def test_what_a_backward_of_the_split_holds():
     from implementations.triton import split_linear
 
     problem = CASES["lm-1.3b-long"].problem("linear", "bf16")
-    held = [split_linear.workspace_bytes(problem, group) for group in (64, 256, 1024)]
-    assert held == pytest.approx([held[1] / 4, held[1], 4 * held[1]], rel=0.02)  # two segments' worth
+    held = [split_linear.workspace_bytes(problem, group) for group in (64, 256, 512)]
+    assert held == pytest.approx([held[1] / 4, held[1], 2 * held[1]], rel=0.02)  # three segments' worth
     assert split_linear.default_group(problem) == 256
-    assert 320 < held[1] < 340
+    assert 490 < held[1] < 510
 
 
 @needs_triton

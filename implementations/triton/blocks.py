@@ -96,6 +96,18 @@ def load_lr(view, batch, head, n, M: tl.constexpr):
 
 
 @triton.jit
+def load_lr_paired(view, batch, head, n, M: tl.constexpr, PAIRED: tl.constexpr):
+    """[M], in fp32; if PAIRED by way of the four bytes of two heads, the least that an asynchronous copy takes."""
+    DTYPE: tl.constexpr = view.p.dtype.element_ty
+    if PAIRED:
+        at = token_pointers(view, batch, head // 2 * 2, n, M).to(tl.pointer_type(tl.int32), bitcast=True)
+        lr = (tl.load(at) >> (head % 2 * 16)).to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        lr = tl.load(token_pointers(view, batch, head, n, M))
+    return lr.to(tl.float32)
+
+
+@triton.jit
 def load_row(p, index, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """[D], row `index` of contiguous `... D`."""
     columns = tl.arange(0, BLOCK_D)

@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 
 from implementations.triton.blocks import (
+    inner_gradient,
     inside,
+    load_lr,
+    load_lr_paired,
     load_matrix,
     load_row,
     load_tokens,
@@ -20,7 +23,6 @@ from implementations.triton.blocks import (
     store_matrix,
     store_row,
     store_tokens,
-    token_pointers,
     wide,
 )
 
@@ -28,35 +30,35 @@ from implementations.triton.blocks import (
 class Segment(NamedTuple):
     """Pointers to what the kernels of one segment hand to each other; [tokens] counts those of the segment."""
 
-    w: Any  # [B H, chunks + 1, D, D] I/O dtype, transposed: before each chunk and after the last
+    w: Any  # [B H, chunks + 1, D, D] I/O dtype, transposed unless wide: before each chunk and after the last
     b: Any  # [B H, chunks + 1, D]
-    lr_g: Any  # [B H, tokens, D] I/O dtype
+    lr_g: Any  # [B H, tokens, D] I/O dtype; unused where wide
 
 
 class Kept(NamedTuple):
     """Pointers to what the second order needs of the inner LayerNorm of each token."""
 
-    x_hat: Any  # [B H, tokens, D]
+    x_hat: Any  # [B H, tokens, D], in the I/O dtype where wide
     y: Any  # [B H, tokens, D] I/O dtype
     five: Any  # [B H, mini-batches, 8, M]: lr, rstd, q, q1, q3
 
 
 @triton.jit
-def four_sums(a, b, c, d, AXIS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Over one axis, in one reduction, broadcast along it where that costs nothing.
+def four_sums(a, b, c, d, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Of [D, M] over D, in one reduction, broadcast along it where that costs nothing.
 
-    Over the rows, which lie in all warps, by a product with ones: rounding what is summed to bf16 costs these means
+    D lies in all warps. In bf16 a product with ones sums over them: rounding what is summed costs these means
     2^-9 / sqrt(D) of themselves, less than the rounding of w to bf16 does. Rounded to fp16 they could overflow.
     """
     x = tl.join(tl.join(a, b), tl.join(c, d))
-    if AXIS == 0 and DTYPE.is_bf16():
+    if DTYPE.is_bf16():
         D: tl.constexpr = a.shape[0]
         M: tl.constexpr = a.shape[1]
         x = tl.reshape(tl.permute(x, (0, 2, 3, 1)), [D, 4 * M])
         x = matmul(tl.full([D, D], 1.0, tl.float32), x, DTYPE, PRECISION)
         x = tl.permute(tl.reshape(x, [D, 2, 2, M]), (0, 3, 1, 2))
     else:
-        x = tl.sum(x, AXIS, keep_dims=True)
+        x = tl.sum(x, 0, keep_dims=True)
     ab, cd = tl.split(x)
     a, b = tl.split(ab)
     c, d = tl.split(cd)
@@ -70,28 +72,22 @@ def beside(x, y):
 
 
 @triton.jit
-def turn(x, TURN: tl.constexpr):
-    """[M, D] as the loop holds it: as it is, or [D, M]."""
-    return tl.trans(x) if TURN else x
+def by_xk(w, WIDE: tl.constexpr):
+    """Fast weights of a segment as [D of xk, D of z1]."""
+    return w if WIDE else tl.trans(w)
 
 
 @triton.jit
-def over_d(x, TURN: tl.constexpr):
-    """[D] along the axis of D of a block."""
-    return x[:, None] if TURN else x[None, :]
+def by_z1(w, WIDE: tl.constexpr):
+    """Fast weights of a segment as [D of z1, D of xk]."""
+    return tl.trans(w) if WIDE else w
 
 
 @triton.jit
-def over_tokens(x, TURN: tl.constexpr):
-    """[M] along the axis of the tokens of a block."""
-    return x[None, :] if TURN else x[:, None]
-
-
-@triton.jit
-def inside_d(x, D: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr):
-    """`x` with zeros past D."""
+def inside_d(x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[D, M] with zeros past D."""
     if D != BLOCK_D:
-        x = tl.where(over_d(tl.arange(0, BLOCK_D), TURN) < D, x, 0.0)
+        x = tl.where(tl.arange(0, BLOCK_D)[:, None] < D, x, 0.0)
     return x
 
 
@@ -133,44 +129,27 @@ def centred(xk, xv, ln_weight, ln_bias, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def store_five(p, a, b, c, d, e, at, M: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr):
-    """Five numbers of every token, [8, M] of which three rows are unused, at once."""
-    if TURN:  # the numbers are there for every row of [D, M]
-        which = tl.arange(0, BLOCK_D)[:, None]
-        x = tl.where(which < 1, a, tl.where(which < 2, b, c))
-        x = tl.where(which < 3, x, tl.where(which < 4, d, e))
-        tl.store(p + at + which * M + tl.arange(0, M)[None, :], x, which < 5)
-    else:  # [M, 1]
-        x = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, e), tl.join(e, e)))
-        x = tl.reshape(tl.permute(tl.reshape(x, [M, 2, 2, 2]), (3, 2, 1, 0)), [8, M])
-        tl.store(p + at + tl.arange(0, 8)[:, None] * M + tl.arange(0, M)[None, :], x)
+def store_five(p, a, b, c, d, e, at, M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Five numbers of every token, [8, M] of which three rows are unused, at once: they are there for every row."""
+    which = tl.arange(0, BLOCK_D)[:, None]
+    x = tl.where(which < 1, a, tl.where(which < 2, b, c))
+    x = tl.where(which < 3, x, tl.where(which < 4, d, e))
+    tl.store(p + at + which * M + tl.arange(0, M)[None, :], x, which < 5)
 
 
-# Where the loop holds [D, M], a bias is held for every token, as z1 lies; where it holds [M, D], it is one row.
+# The loops hold [D, M], and a bias for every token, as z1 lies.
 
 
 @triton.jit
-def bias_start(b, M: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr):
-    """As the loop holds it."""
-    return tl.zeros([BLOCK_D, M], tl.float32) + b[:, None] if TURN else b
+def bias_block(b, M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[D] for every token."""
+    return tl.zeros([BLOCK_D, M], tl.float32) + b[:, None]
 
 
 @triton.jit
-def bias_block(b, M: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr):
-    """For every token."""
-    return b if TURN else tl.zeros([M, BLOCK_D], tl.float32) + b[None, :]
-
-
-@triton.jit
-def bias_row(b, TURN: tl.constexpr):
-    """[D]."""
-    return tl.max(b, 1) if TURN else b
-
-
-@triton.jit
-def bias_add(b, x, scale, TURN: tl.constexpr):
-    """b + scale (sum of x over tokens)."""
-    return b + scale * tl.sum(x, 1, keep_dims=True) if TURN else b + scale * tl.sum(x, 0)
+def bias_row(b):
+    """[D] of what is the same for every token."""
+    return tl.max(b, 1)
 
 
 @triton.jit
@@ -195,76 +174,64 @@ def eta_of(token_eta, M: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr):
 def split_recurrence(
     inputs, shared, start, end, segment, kept, heads, first, mini_batches,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr,
-    LR_G: tl.constexpr, TURN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    LR_G: tl.constexpr, PAIRED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Chain `program_id(0)` of one segment: its fast weights, lr g_z1, and what the second order needs."""
     chain = tl.program_id(0)
     batch, head = chain // heads, chain % heads
     DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
-    AXIS: tl.constexpr = 0 if TURN else 1
     R: tl.constexpr = C // M
     chunks = mini_batches // R
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)
     ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)
-    square = over_d(ln_weight * ln_weight, TURN)
+    square = (ln_weight * ln_weight)[:, None]
     w = tl.trans(load_matrix(start.w, chain, D, BLOCK_D))  # [D of z1, D of xk]
     b = load_row(start.b, chain, D, BLOCK_D)
     mean_w = tl.sum(w, 0) * (1.0 / D)
     mean_b = tl.sum(b, 0) * (1.0 / D)
-    w = inside_d(w - mean_w[None, :], D, BLOCK_D, True)
+    w = inside_d(w - mean_w[None, :], D, BLOCK_D)
     b = tl.where(tl.arange(0, BLOCK_D) < D, b - mean_b, 0.0)
-    b = bias_start(b, M, BLOCK_D, TURN)
+    b = bias_block(b, M, BLOCK_D)
     xk_next = load_tokens(inputs.xk, batch, head, first, M, D, BLOCK_D)
     xv_next = load_tokens(inputs.xv, batch, head, first, M, D, BLOCK_D)
     c_next = centred(xk_next, xv_next, ln_weight[None, :], ln_bias[None, :], D, BLOCK_D)
-    lr_next = tl.load(token_pointers(inputs.lr, batch, head, first, M))
     for i in tl.range(0, mini_batches, num_stages=STAGES):
         if i % R == 0:
             slot = chain * (chunks + 1) + i // R
             store_matrix(segment.w, w, slot, D, BLOCK_D)
-            store_row(segment.b, bias_row(b, TURN), slot, D, BLOCK_D)
+            store_row(segment.b, bias_row(b), slot, D, BLOCK_D)
         xk = load_tokens(inputs.xk, batch, head, first + i, M, D, BLOCK_D)
-        # lr cannot be fetched by the hardware's asynchronous copy; a block that must be turned is better turned early.
-        lr = over_tokens(lr_next.to(tl.float32), TURN)
+        lr = load_lr_paired(inputs.lr, batch, head, first + i, M, PAIRED)[None, :]
+        c = tl.trans(c_next)  # a block that must be turned is better turned early
         following = first + tl.minimum(i + 1, mini_batches - 1)
-        lr_next = tl.load(token_pointers(inputs.lr, batch, head, following, M))
-        if TURN:
-            c = tl.trans(c_next)
-            xk_next = load_tokens(inputs.xk, batch, head, following, M, D, BLOCK_D)
-            xv_next = load_tokens(inputs.xv, batch, head, following, M, D, BLOCK_D)
-            c_next = centred(xk_next, xv_next, ln_weight[None, :], ln_bias[None, :], D, BLOCK_D)
-        else:
-            xv = load_tokens(inputs.xv, batch, head, first + i, M, D, BLOCK_D)
-            c = centred(xk, xv, ln_weight[None, :], ln_bias[None, :], D, BLOCK_D)
-        b_block = bias_block(b, M, BLOCK_D, TURN)
-        if TURN:
-            z1 = matmul_add(w, tl.trans(xk), b_block, DTYPE, PRECISION)  # [D, D] @ [D, M] -> [D, M]
-        else:
-            z1 = matmul_add(xk, tl.trans(w), b_block, DTYPE, PRECISION)  # [M, D] @ [D, D] -> [M, D]
+        xk_next = load_tokens(inputs.xk, batch, head, following, M, D, BLOCK_D)
+        xv_next = load_tokens(inputs.xv, batch, head, following, M, D, BLOCK_D)
+        c_next = centred(xk_next, xv_next, ln_weight[None, :], ln_bias[None, :], D, BLOCK_D)
+        z1 = matmul_add(w, tl.trans(xk), b, DTYPE, PRECISION)  # [D, D] @ [D, M] -> [D, M]
         scaled = square * z1
-        z_z, w_z, w_z_z, c_z = four_sums(z1 * z1, scaled, scaled * z1, c * z1, AXIS, DTYPE, PRECISION)
+        z_z, w_z, w_z_z, c_z = four_sums(z1 * z1, scaled, scaled * z1, c * z1, DTYPE, PRECISION)
         rstd = tl.rsqrt(z_z * (1.0 / D) + EPS)
         half_q1 = rstd * w_z * (1.0 / D)
         w_x_x = rstd * rstd * w_z_z * (1.0 / D)
         q = w_x_x + rstd * c_z * (1.0 / D)
         # In this order, so that every block keeps the layout of z1.
         g = rstd * (rstd * z1 * (square - q) - half_q1 + c)
-        lr_g = inside_d(lr * g, D, BLOCK_D, TURN)
+        lr_g = inside_d(lr * g, D, BLOCK_D)
         row = (chain * mini_batches + i) * M
         if LR_G:
-            store_rows(segment.lr_g, turn(lr_g, TURN), row, D, BLOCK_D, M)
+            store_rows(segment.lr_g, tl.trans(lr_g), row, D, BLOCK_D, M)
         if KEEP:
-            store_rows(kept.x_hat, turn(rstd * z1, TURN), row, D, BLOCK_D, M)
-            store_rows(kept.y, turn(2.0 * rstd * scaled + c, TURN), row, D, BLOCK_D, M)
-            store_five(kept.five, lr, rstd, q, 2.0 * half_q1, w_x_x + 3.0 * q, wide(row) * 8, M, BLOCK_D, TURN)
-        w = multiply_add(lr_g if TURN else tl.trans(lr_g), xk, w, -eta_last, DTYPE, PRECISION)
-        b = bias_add(b, lr_g, -eta_last, TURN)
+            store_rows(kept.x_hat, tl.trans(rstd * z1), row, D, BLOCK_D, M)
+            store_rows(kept.y, tl.trans(2.0 * rstd * scaled + c), row, D, BLOCK_D, M)
+            store_five(kept.five, lr, rstd, q, 2.0 * half_q1, w_x_x + 3.0 * q, wide(row) * 8, M, BLOCK_D)
+        w = multiply_add(lr_g, xk, w, -eta_last, DTYPE, PRECISION)
+        b -= eta_last * tl.sum(lr_g, 1, keep_dims=True)
     slot = chain * (chunks + 1) + chunks
-    row_b = bias_row(b, TURN)
+    row_b = bias_row(b)
     store_matrix(segment.w, w, slot, D, BLOCK_D)
     store_row(segment.b, row_b, slot, D, BLOCK_D)
-    store_matrix(end.w, tl.trans(inside_d(w + mean_w[None, :], D, BLOCK_D, True)), chain, D, BLOCK_D)
+    store_matrix(end.w, tl.trans(inside_d(w + mean_w[None, :], D, BLOCK_D)), chain, D, BLOCK_D)
     store_row(end.b, row_b + mean_b, chain, D, BLOCK_D)
 
 
@@ -275,7 +242,7 @@ def split_recurrence(
 def split_read_out(
     inputs, shared, segment, out, heads, first, chunks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one chain: out."""
     chain, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
@@ -286,14 +253,22 @@ def split_read_out(
     xq = load_tokens(inputs.xq, batch, head, first + chunk, C, D, BLOCK_D)
     w = load_matrix(segment.w, slot, D, BLOCK_D)
     b = load_row(segment.b, slot, D, BLOCK_D)[None, :]
-    z1_bar = matmul(xq, tl.trans(w), DTYPE, PRECISION) + b  # [C, D] @ [D, D] -> [C, D]
+    ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)[None, :]
+    ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)[None, :]
+    z1_bar = matmul(xq, by_xk(w, WIDE), DTYPE, PRECISION) + b  # [C, D] @ [D, D] -> [C, D]
     if not AFTER:
         xk = load_tokens(inputs.xk, batch, head, first + chunk, C, D, BLOCK_D)
-        lr_g = load_rows(segment.lr_g, (chain * chunks + chunk) * C, D, BLOCK_D, C)
+        if WIDE:
+            xv = load_tokens(inputs.xv, batch, head, first + chunk, C, D, BLOCK_D)
+            lr = load_lr(inputs.lr, batch, head, first + chunk, C)
+            z1 = matmul(xk, w, DTYPE, PRECISION) + b
+            target = xv.to(tl.float32) - xk.to(tl.float32)
+            g, _, _ = inner_gradient(z1, target, ln_weight, ln_bias, EPS, D, BLOCK_D)
+            lr_g = lr * g
+        else:
+            lr_g = load_rows(segment.lr_g, (chain * chunks + chunk) * C, D, BLOCK_D, C)
         seen, _, _ = eta_of(shared.token_eta, M, C, CAUSAL)
         scores = seen * (matmul(xq, tl.trans(xk), DTYPE, PRECISION) + 1.0)  # [C, D] @ [D, C] -> [C, C]
         z1_bar -= matmul(scores, lr_g, DTYPE, PRECISION)  # [C, C] @ [C, D] -> [C, D]
     x_hat, _ = normalise(z1_bar, EPS, D, BLOCK_D)
-    ln_weight = load_row(shared.ln_weight, head, D, BLOCK_D)[None, :]
-    ln_bias = load_row(shared.ln_bias, head, D, BLOCK_D)[None, :]
     store_tokens(out, xq.to(tl.float32) + ln_weight * x_hat + ln_bias, batch, head, first + chunk, C, D, BLOCK_D)

@@ -10,6 +10,10 @@ by kernels with one program for every chunk of C = R M tokens of every chain:
                split_read_out_backward   d_xq, and all that reaches w and lr g_z1 of the chunk through the read-out
                split_reverse_recurrence  d_lr_g of each token, d_w and d_b at the end of each chunk
                split_update_backward     d_xk, d_xv, d_lr
+               split_sums                d_ln_weight, d_ln_bias, d_token_eta from the parts that the chunks wrote
+
+Where M >= 64 the recurrences are those of `split_wide`: a chunk is one mini-batch, whose w is stored, and what the
+second order needs of it, and lr g_z1, is computed from that w again by the kernels of the chunks, off the chain.
 
 In the read-out of a chunk eta[i, j] is token_eta[i] within a mini-batch (j <= i), token_eta[M-1] where j's mini-batch
 comes before i's, else 0: the dual form holds for any number of mini-batches once their gradients are known. At M = 16
@@ -29,20 +33,22 @@ y = 2 ln_weight^2 x_hat + c:
     d_z1 = rstd^2 ((ln_weight^2 - q) v - a y - (mean(ln_weight^2 v) - a q1) - x_hat (mean(v y) - a q3))
     a = mean(v x_hat), q1 = mean(y), q3 = mean(ln_weight^2 x_hat^2) + 3 q
 
-Segments run on three streams (`lanes`): the recurrences leave most of the card idle, and the chunks of one segment fill
-it while the next one is under way.
+Segments run on three streams (`lanes`), three of them at once in a backward: the recurrences leave most of the card
+idle, and the chunks of one segment run while the next one is under way. Beside the kernels of the chunks a recurrence
+is up to twice as slow, and they are too: on lm-1.3b, with two segments, overlap is worth 4% of a forward and backward.
 
-What it bought, kernels alone on one H100, bf16 (results/h100/triton_linear_kernels.csv): a mini-batch of lm-1.3b takes
-1.0 to 1.3 us in the recurrence and 1.3 us in the reverse one (everything in one loop: 2.7 and 7.7); the chunks 0.065 ms
-forward, 0.36 ms backward. The loop is latency: of 1.67 us in its first form the four row sums across warps were 0.54
-(now a product with ones), and 0.3 to 0.4 the wait for loads that were asked for at the end of the step before (now a
-whole step ahead: three stages, not two). Two warps (no warp-group product, half the barriers) need 2.3 us, eight 1.4.
+Measured on one H100, bf16, calls behind a spin (development runs of 2026-11-24). Recurrence alone, us a mini-batch:
+0.78 to 0.82 at M = 16 (lm-1.3b); 1.9 at M = 64 (video-5b), 2.2 in one loop for every M before. What made it faster:
+sums across warps as a product with ones; loads two steps ahead (three stages, not two); lr, too small for an
+asynchronous copy, by way of two heads at once (0.97 before: likely its load held up the fences of the step). The wide
+recurrence takes 1.9 or 2.9 us, likely as one or two programs run on a multiprocessor, which they share with the chunks
+of the segment before: a forward keeps them apart, and video-5b takes 0.61 instead of 0.74 ms.
 
 Memory, bytes a token and head at D = 64 in bf16 (`saved_bytes`, `workspace_bytes`), beside 386 of inputs:
 
     G M tokens                     1024   4096   16384
     saved for the backward         15.7    3.6     0.5   lm-1.3b-long (T = 32768)
-    held while a backward runs       83    332    1325   the buffers of two segments: as many MiB there
+    held while a backward runs      125    497    1325   the buffers of three segments, of two in the last column
 """
 
 from __future__ import annotations
@@ -50,6 +56,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from implementations.kernels import TritonKernel, once
@@ -64,11 +71,15 @@ from implementations.triton.split_backward import (
     split_update_backward,
 )
 from implementations.triton.split_forward import Kept, Segment, split_read_out, split_recurrence
+from implementations.triton.split_sums import Parts, split_sums
+from implementations.triton.split_wide import split_recurrence_wide, split_reverse_recurrence_wide
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, LinearInputs, LinearOutputs
 
 # Tokens between two saved states unless told otherwise: two segments are the fewest that overlap.
 LEAST, MOST = 1024, 4096
+SMS = 132  # of an H100
+BUFFERS = 3  # segments of a backward under way at once
 
 
 class Residuals(NamedTuple):
@@ -100,12 +111,12 @@ def _sizes(problem: Problem, group: int) -> _Sizes:
 
 
 class _Setting(NamedTuple):
-    """How the kernels are compiled for one size."""
+    """How the kernels are compiled for one size; warps, and stages of the loops."""
 
-    turn: bool  # the loops hold [D, M] instead of [M, D]: M = 16 rows are too few for a warp group's tensor core
-    recurrence: tuple[int, int]  # warps, stages
+    recurrence: tuple[int, int]
+    recompute: tuple[int, int]  # the recurrence in a backward
     reverse: tuple[int, int]
-    read_out: int  # warps
+    read_out: int
     read_out_backward: int
     update_backward: int
 
@@ -113,9 +124,16 @@ class _Setting(NamedTuple):
 def _setting(problem: Problem) -> _Setting:
     d, m = block_d(problem), problem.mini_batch
     if max(d, m) <= 64:
-        return _Setting(m <= 32, (4, 3), (4, 3), 4, 4, 4)
+        # Eight stages take more than half of an SM's shared memory: no two of a few programs meet there.
+        alone = is_wide(problem) and problem.dtype != "fp32" and problem.batch * problem.heads <= SMS
+        return _Setting((4, 8 if alone else 3), (4, 3), (4, 3), 4, 4, 4)
     stages = 3 if d * m <= 64 * 64 else 2 if d * m <= 128 * 64 else 1
-    return _Setting(m <= 32, (8, stages), (8, stages), 8, 8, 8)
+    return _Setting((8, stages), (8, stages), (8, stages), 8, 8, 8)
+
+
+def is_wide(problem: Problem) -> bool:
+    """Whether the recurrences are those of `split_wide`: a chunk is then a mini-batch."""
+    return problem.mini_batch >= 64
 
 
 def default_group(problem: Problem) -> int:
@@ -135,8 +153,8 @@ def workspace_bytes(problem: Problem, group: int) -> float:
     """What a backward holds while it runs beside inputs and gradients, a token and head."""
     like = meta(LinearInputs, problem).xq
     sizes = _sizes(problem, group)
-    buffers = [_buffers(like, problem, sizes) for _ in sizes.segments[:2]]
-    total = sum(x.nbytes for buffer in buffers for kind in buffer for x in kind)
+    buffers = [_buffers(like, problem, sizes) for _ in sizes.segments[:BUFFERS]]
+    total = sum(x.nbytes for buffer in buffers for kind in buffer for x in kind if x is not like)
     return total / (problem.batch * problem.heads * problem.tokens)
 
 
@@ -164,9 +182,9 @@ def backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) 
         ValueError: a cotangent does not fit `problem` or the kernels.
     """
     check(cotangents, OUTPUTS, problem, residuals.inputs.xq.device)
-    parts, steps = plan_backward(cotangents, residuals, problem)
+    gradients, steps = plan_backward(cotangents, residuals, problem)
     run(steps, cotangents.out.device)
-    return _add_up(parts, problem)
+    return gradients._replace(token_eta=gradients.token_eta.sum(0))
 
 
 def saved_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
@@ -179,27 +197,6 @@ def saved_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
 def residuals(inputs: LinearInputs, saved: list[Tensor], problem: Problem) -> Residuals:
     """What `forward` saved, as `backward` takes it."""
     return Residuals(inputs, *saved, default_group(problem))
-
-
-class _Parts(NamedTuple):
-    """Gradients, those of the shared parameters in parts: of each chunk, and of the read-out and of the update."""
-
-    gradients: LinearInputs
-    token_eta: Tensor  # [B H chunks, C], of each token of the read-out
-    eta_last: Tensor  # [B H chunks, 2, C]
-    ln_weight: Tensor  # [2, B, H, chunks, D]
-    ln_bias: Tensor  # [2, B, H, chunks, D]
-
-
-def _add_up(parts: _Parts, problem: Problem) -> LinearInputs:
-    """Always in the same order."""
-    m = problem.mini_batch
-    d_token_eta = parts.token_eta.view(-1, m).sum(0) if problem.causal else parts.token_eta.new_zeros(m)
-    reads = problem.causal or parts.token_eta.shape[1] > m
-    d_token_eta[-1] += (parts.eta_last if reads else parts.eta_last[:, 1]).sum()
-    return parts.gradients._replace(
-        token_eta=d_token_eta, ln_weight=parts.ln_weight.sum((0, 1, 3)), ln_bias=parts.ln_bias.sum((0, 1, 3))
-    )
 
 
 def plan_forward(inputs: LinearInputs, problem: Problem, group: int) -> tuple[LinearOutputs, Residuals, list[Step]]:
@@ -230,8 +227,8 @@ def plan_forward(inputs: LinearInputs, problem: Problem, group: int) -> tuple[Li
     return outputs, residuals, steps
 
 
-def plan_backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) -> tuple[_Parts, list[Step]]:
-    """The gradients, still in parts, and the launches that fill them."""
+def plan_backward(cotangents: LinearOutputs, residuals: Residuals, problem: Problem) -> tuple[LinearInputs, list[Step]]:
+    """The gradients, that of token_eta still of each head, [H, M], and the launches that fill them."""
     inputs, sizes = residuals.inputs, _sizes(problem, residuals.group)
     b, t, h, d = inputs.xq.shape
     like, c = inputs.xq, sizes.per_chunk * problem.mini_batch
@@ -239,53 +236,75 @@ def plan_backward(cotangents: LinearOutputs, residuals: Residuals, problem: Prob
     gradients = LinearInputs(
         *(empty(like, b, t, h, d, dtype=like.dtype) for _ in range(3)),
         empty(like, b, t, h, dtype=like.dtype),
-        *inputs[4:7],
+        empty(like, h, problem.mini_batch),
+        *(empty(like, h, d) for _ in range(2)),
         empty(like, b, h, d, d),
         empty(like, b, h, d),
     )
-    ln_weight, ln_bias = (empty(like, 2, b, h, chunks, d) for _ in range(2))
-    parts = _Parts(gradients, empty(like, b * h * chunks, c), empty(like, b * h * chunks, 2, c), ln_weight, ln_bias)
-    buffers = [_buffers(like, problem, sizes) for _ in sizes.segments[:2]]
+    shape = b, h, chunks
+    parts = Parts(
+        empty(like, *shape, problem.mini_batch), empty(like, 2, *shape), *(empty(like, 2, *shape, d) for _ in range(2))
+    )
+    buffers = [_buffers(like, problem, sizes) for _ in sizes.segments[:BUFFERS]]
     spent = State(empty(like, b, h, d, d), empty(like, b, h, d))  # the state that recomputing ends with
     common = {"inputs": tokens(*inputs[:4]), "shared": Shared(*inputs[4:7]), "heads": h}
-    written = {"d_inputs": tokens(*gradients[:4]), "d_eta_last": parts.eta_last, "all_chunks": chunks}
+    written = {"d_inputs": tokens(*gradients[:4]), "parts": parts, "all_chunks": chunks, "chains": b * h}
     many = len(sizes.segments) > 1
     steps: list[Step] = []
-    update: tuple[int, ...] = ()  # the step that frees the buffers of the segment before
+    updates: list[int] = []  # steps that free the buffers of a segment
     waiting: list[Step] = []  # its update waits for a step on another lane: the next read-out goes before it
     d_state = State(*cotangents[1:])
     for number, span in reversed(list(enumerate(sizes.segments))):
-        segment, kept, pulled = buffers[number % 2]
+        segment, kept, pulled = buffers[number % BUFFERS]
+        update = (updates[1 - BUFFERS],) if len(updates) >= BUFFERS - 1 else ()
         d_start = State(*gradients[7:]) if number == 0 else State(empty(like, b, h, d, d), empty(like, b, h, d))
         steps.append(Step(_recur(residuals, problem, sizes, number, spent, segment, kept), 1 if many else 0, update))
-        arguments = {**common, "segment": segment, "pulled": pulled, **written}
-        read = arguments | {
-            "d_out": view(cotangents.out),
-            "d_shared": Shared(parts.token_eta, ln_weight[0], ln_bias[0]),
-        }
+        arguments = {**common, "segment": segment, "kept": kept, "pulled": pulled, **written}
+        read = arguments | {"d_out": view(cotangents.out)}
         launch = _launch_chunks(split_read_out_backward, problem, sizes, span, read, EPS=problem.eps)
         steps.append(Step(launch, 0, (len(steps) - 1,)))
         reverse = _reverse(common, kept, pulled, d_state, d_start, problem, sizes, span)
         steps.append(Step(reverse, 2 if many else 0, (len(steps) - 1,)))
-        update = (len(steps),) if waiting else ()
+        updates += [len(steps)] * len(waiting)
         steps += waiting
         after = len(steps) - 1 - len(waiting)
-        change = arguments | {"kept": kept, "d_shared": Shared(parts.token_eta, ln_weight[1], ln_bias[1])}
-        waiting = [Step(_launch_chunks(split_update_backward, problem, sizes, span, change), 0, (after,))]
+        change = _launch_chunks(split_update_backward, problem, sizes, span, arguments, EPS=problem.eps)
+        waiting = [Step(change, 0, (after,))]
         d_state = d_start
-    return parts, steps + waiting
+    return gradients, [*steps, *waiting, Step(_sums(parts, gradients, problem, sizes))]
+
+
+def _sums(parts: Parts, gradients: LinearInputs, problem: Problem, sizes: _Sizes) -> Launch:
+    arguments = {
+        "parts": parts,
+        "d_token_eta": gradients.token_eta,
+        "d_ln_weight": gradients.ln_weight,
+        "d_ln_bias": gradients.ln_bias,
+        "batch": problem.batch,
+        "heads": problem.heads,
+        "chunks": problem.mini_batches // sizes.per_chunk,
+    }
+    constants = _constants(problem, sizes)
+    read = problem.causal or sizes.per_chunk > 1
+    constants = {name: constants[name] for name in ("D", "BLOCK_D", "M")} | {"READ": read, "ROWS": 64}
+    return Launch(split_sums, 3 * problem.heads, arguments, constants, {"num_warps": 8})
 
 
 def _buffers(like: Tensor, problem: Problem, sizes: _Sizes) -> tuple[Segment, Kept, Pulled]:
     """Memory that the kernels of one segment use."""
     b, h, d = problem.batch, problem.heads, problem.head_dim
     rows, chunks = (b, h, sizes.longest * problem.mini_batch), sizes.longest // sizes.per_chunk
-    # x_hat unrounded: where the inner loss is nearly 0, g_z1 is what is left of x_hat when most of it cancels.
-    kept = Kept(empty(like, *rows, d), empty(like, *rows, d, dtype=like.dtype), empty(like, *rows, 8))
+    # x_hat unrounded: where the inner loss is nearly 0, g_z1 is what is left of x_hat when most of it cancels. Where
+    # chunks are mini-batches, it is computed again for that.
+    x_hat = empty(like, *rows, d, dtype=like.dtype if is_wide(problem) else torch.float32)
+    kept = Kept(x_hat, empty(like, *rows, d, dtype=like.dtype), empty(like, *rows, 8))
+    # A read-out of the weights after its chunk sends nothing to lr g_z1: another tensor stands in for what is not used.
+    part = empty(like, *rows, d, dtype=like.dtype) if problem.causal or not is_wide(problem) else like
     pulled = Pulled(
         empty(like, b, h, chunks, d, d),
         empty(like, b, h, chunks, d),
-        *(empty(like, *rows, d, dtype=like.dtype) for _ in range(2)),
+        part,
+        empty(like, *rows, d, dtype=like.dtype),
         empty(like, b, h, chunks, d, d, dtype=like.dtype),
         empty(like, b, h, chunks, d),
     )
@@ -300,7 +319,10 @@ def _reverse(
     of_segment = {"d_end": d_end, "d_start": d_start, "first": first, "mini_batches": mini_batches}
     arguments = {**common, "kept": kept, "pulled": pulled, **of_segment}
     setting = _setting(problem)
-    constants = _constants(problem, sizes) | {"CAUSAL": problem.causal, "TURN": setting.turn}
+    constants = _constants(problem, sizes) | {"CAUSAL": problem.causal}
+    if is_wide(problem):
+        del constants["C"]
+        return _launch_chains(split_reverse_recurrence_wide, problem, arguments, constants, *setting.reverse)
     return _launch_chains(split_reverse_recurrence, problem, arguments, constants, *setting.reverse)
 
 
@@ -317,8 +339,14 @@ def _segment(like: Tensor, problem: Problem, sizes: _Sizes) -> Segment:
     return Segment(
         empty(like, b, h, chunks + 1, d, d, dtype=like.dtype),
         empty(like, b, h, chunks + 1, d),
-        empty(like, b, h, sizes.longest * problem.mini_batch, d, dtype=like.dtype),
+        like if is_wide(problem) else empty(like, b, h, sizes.longest * problem.mini_batch, d, dtype=like.dtype),
     )
+
+
+def _paired(lr: Tensor) -> bool:
+    """Whether two heads of every token lie in four aligned bytes."""
+    strides = lr.stride(0), lr.stride(1), lr.shape[2], lr.storage_offset()
+    return lr.element_size() == 2 and lr.stride(2) == 1 and not any(number % 2 for number in strides)
 
 
 def _recur(
@@ -337,11 +365,14 @@ def _recur(
         "first": first,
         "mini_batches": mini_batches,
     }
-    setting = _setting(problem)
+    loop = _setting(problem).recurrence if kept is None else _setting(problem).recompute
+    constants = _constants(problem, sizes) | {"EPS": problem.eps, "PAIRED": _paired(inputs.lr)}
+    if is_wide(problem):
+        del arguments["kept"], constants["C"]
+        return _launch_chains(split_recurrence_wide, problem, arguments, constants, *loop)
     keep, after = kept is not None, not problem.causal and sizes.per_chunk == 1  # then the read-out needs w alone
-    constants = _constants(problem, sizes) | {"EPS": problem.eps, "TURN": setting.turn}
     constants |= {"KEEP": keep, "LR_G": keep or not after}
-    return _launch_chains(split_recurrence, problem, arguments, constants, *setting.recurrence)
+    return _launch_chains(split_recurrence, problem, arguments, constants, *loop)
 
 
 def _launch_chains(
@@ -361,7 +392,7 @@ def _launch_chunks(
         kernel,
         problem.batch * problem.heads * chunks,
         arguments | {"first": first, "chunks": chunks},
-        _constants(problem, sizes) | {"CAUSAL": problem.causal} | constants,
+        _constants(problem, sizes) | {"CAUSAL": problem.causal, "WIDE": is_wide(problem)} | constants,
         {"num_warps": getattr(_setting(problem), kernel.__name__.removeprefix("split_"))},
     )
 
@@ -376,17 +407,17 @@ def _constants(problem: Problem, sizes: _Sizes) -> dict[str, Any]:
     }
 
 
-# Declared spills, bytes a thread, of the worst of sm_80, sm_90 and sm_100 under Triton 3.7, and a little for others. On
-# sm_90 it is 16 at M = 16, in the recurrence that keeps x_hat and y; at M = 64, where a block [M, D] is 32 registers of
-# each of 128 threads, 480 in that one and 140 in the reverse one of a causal problem.
+# Declared spills, bytes a thread, of sm_80 and sm_100 under Triton 3.7, and a little for others; sm_90 has none.
 _SPILLS = {
     ("split_recurrence", 16): 512,
     ("split_read_out_backward", 16): 512,
     ("split_reverse_recurrence", 16): 128,
     ("split_update_backward", 16): 640,
-    ("split_recurrence", 64): 2400,
-    ("split_read_out_backward", 64): 512,
-    ("split_reverse_recurrence", 64): 896,
+    ("split_recurrence_wide", 64): 256,
+    ("split_read_out", 64): 320,
+    ("split_read_out_backward", 64): 1024,
+    ("split_reverse_recurrence_wide", 64): 640,
+    ("split_update_backward", 64): 512,
 }
 
 

@@ -255,11 +255,17 @@ def _backward(
             # z1 = xk w1 + b1
             d_xk += d_error + matmul(d_z1, tl.trans(w), xk.dtype, PRECISION)
             store_tokens(d_inputs.xk, d_xk, batch, head, n, M, D, BLOCK_D)
-            if CAUSAL:
+            if CAUSAL and xk.dtype.is_fp32():  # both products at once: d_w is rounded once a mini-batch
+                both = matmul(tl.trans(xq), d_z1_bar, xq.dtype, PRECISION)
+                d_w += tl.dot(tl.trans(xk), d_z1, both, input_precision=PRECISION)
+                d_b += tl.sum(d_z1_bar + d_z1, 0)
+            elif CAUSAL:
                 d_w = matmul_add(tl.trans(xq), d_z1_bar, d_w, xq.dtype, PRECISION)
-                d_b += tl.sum(d_z1_bar, 0)
-            d_w = matmul_add(tl.trans(xk), d_z1, d_w, xk.dtype, PRECISION)
-            d_b += tl.sum(d_z1, 0)
+                d_w = matmul_add(tl.trans(xk), d_z1, d_w, xk.dtype, PRECISION)
+                d_b += tl.sum(d_z1_bar, 0) + tl.sum(d_z1, 0)
+            else:
+                d_w = matmul_add(tl.trans(xk), d_z1, d_w, xk.dtype, PRECISION)
+                d_b += tl.sum(d_z1, 0)
         tl.debug_barrier()  # every thread has read the weights that the next group overwrites
     store_matrix(d_start.w, d_w, chain, D, BLOCK_D)
     store_row(d_start.b, d_b, chain, D, BLOCK_D)
@@ -392,7 +398,9 @@ def _constants(problem: Problem, group: int) -> dict[str, object]:
 
 
 def _options(pass_: str, problem: Problem) -> dict[str, int]:
-    """Warps by what ptxas spills, stages by what shared memory holds; untimed."""
+    """Warps by what ptxas spills, stages by what shared memory holds and what loads a step ahead are worth."""
     d, m = block_d(problem), problem.mini_batch
     warps = 4 if max(d, m) <= 64 else 8
-    return {"num_warps": warps if pass_ == "forward" else 2 * warps, "num_stages": 2 if d * m <= 64 * 64 else 1}
+    if d * m > 64 * 64:
+        return {"num_warps": warps if pass_ == "forward" else 2 * warps, "num_stages": 1}
+    return {"num_warps": warps, "num_stages": 3} if pass_ == "forward" else {"num_warps": 2 * warps, "num_stages": 2}
