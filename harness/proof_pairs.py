@@ -31,7 +31,7 @@ from spec.cases import CASES
 
 FILE = "compare_proof.csv"
 CASE = "lm-1.3b"  # bound by latency: where its memory lies changes little
-PROCESSES = 3
+PROCESSES = 4
 KEY = "proof.page"
 _PAGES = {"base": "harness.proof_page", "same": "harness.proof_page", "slow": "harness.proof_page_slow"}
 

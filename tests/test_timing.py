@@ -118,6 +118,20 @@ def test_a_kernel_outside_every_call_and_a_call_without_one_are_errors(cupti):
         clock.time([lambda: cupti.launch(1, 1), lambda: None])
 
 
+def test_a_record_belongs_to_its_call_though_the_devices_clock_is_off(cupti):
+    clock = CuptiClock(FakeFramework(cupti))
+
+    def ahead(ns):
+        def call():
+            cupti.launch(10, 1_000_000)
+            cupti.records[-1].start += ns
+            cupti.records[-1].end += ns
+
+        return call
+
+    assert clock.time([ahead(0), ahead(800_000), ahead(-1_500_000)]).ms == [1.0, 1.0, 1.0]
+
+
 def test_without_cupti_the_next_best_clock_says_so(cupti, monkeypatch):
     monkeypatch.setattr(cupti, "activity_enable", lambda kind: None)  # it takes the call and records nothing
     assert open_clock(FakeFramework(cupti)).name == "host_sync"

@@ -238,6 +238,7 @@ def test_what_it_supports(sizes, reason):
 
 
 def test_what_is_not_verified_on_a_gpu_is_not_launched_there():
-    assert gpu_limit(Problem("mlp", 1, 64, 1, 64, 64)) is None
+    assert gpu_limit(Problem("mlp", 1, 64, 1, 64, 64, dtype="bf16")) is None
     assert gpu_limit(Problem("mlp", 1, 64, 1, 128, 16)) is None
-    assert "got 128 with head_dim 64" in gpu_limit(Problem("mlp", 1, 128, 1, 64, 128))
+    assert "got 128, head_dim 64 in bf16" in gpu_limit(Problem("mlp", 1, 128, 1, 64, 128, dtype="bf16"))
+    assert "got 64, head_dim 64 in fp32" in gpu_limit(Problem("mlp", 1, 64, 1, 64, 64, dtype="fp32"))

@@ -494,7 +494,7 @@ def forward(inputs: MlpInputs, problem: Problem, group: int | None = None) -> tu
 
     Raises:
         ValueError: a tensor has another shape, dtype, device or layout than the kernel takes, or the problem a size.
-        NotImplementedError: the size is one of those that fault on a GPU.
+        NotImplementedError: the size is beyond `gpu_limit`.
     """
     validate(inputs, INPUTS, problem)
     _check(inputs, problem, {"lr"})

@@ -14,9 +14,10 @@ of every segment but the first, 4 (8 D^2 + 5 D) / (G M): at D = 64, 260 and, for
 386 for the inputs in bf16. `WORKSPACE` is the budget for what the backward's kernels hand to each other,
 `workspace_bytes` a token and head: `default_group` cuts the sequence to fit.
 
-What it bought, lm-1.3b in bf16 on an H100: forward 1.40 ms (recurrence 1.07, or 8.3 us a mini-batch; read-out 0.31),
-forward and backward 9.9 ms before the last two changes (recurrence 2.2, read-out 1.6, scan 4.1, the rest 0.5). What
-bounds it is the latency of the steps, not bytes.
+What it bought in bf16 on an H100, forward / forward and backward: lm-1.3b 1.45 / 8.9 ms where `ttt_mlp` takes 2.6 / 21
+(recurrence 1.2, read-out 0.32; in the backward recurrence 1.6, read-out 1.2, scan 3.6, the rest 0.5); video-5b 7.6 / 36
+ms for 10.5 / 74 (recurrence 6.5, read-out 1.0; recurrence 6.4, read-out 4.3, scan 16, the rest 1.6). What bounds it is
+the latency of the steps, not bytes.
 
 No atomics: sums over chunks are partial sums, added up in torch in one order.
 """
@@ -33,7 +34,7 @@ from torch import Tensor
 from implementations.kernels import TritonKernel, once
 from implementations.triton.arguments import Shared, check, empty, tokens, view
 from implementations.triton.launch import Launch, meta
-from implementations.triton.mlp_limits import offchain_limit
+from implementations.triton.mlp_limits import gpu_limit, offchain_limit
 from implementations.triton.mlp_readout import Norm, Pulled, Sums, read_out, read_out_backward
 from implementations.triton.mlp_scan import Walked, finish, scan
 from implementations.triton.mlp_trace import Trace, Weights, recurrence
@@ -64,6 +65,7 @@ def forward(inputs: MlpInputs, problem: Problem, group: int | None = None) -> tu
     Raises:
         ValueError: `problem` is beyond `offchain_limit`, a tensor does not fit it or the kernels, or `group` is not a
             multiple of the mini-batches in a chunk.
+        NotImplementedError: the size is beyond `gpu_limit`.
     """
     _check(inputs, INPUTS, problem)
     group = default_group(problem) if group is None else group
@@ -338,4 +340,6 @@ def _check(tensors, kinds, problem: Problem, device: torch.device | None = None)
     """As `check`, and that these kernels solve `problem`."""
     if reason := offchain_limit(problem):
         raise ValueError(reason)
+    if tensors[0].is_cuda and (reason := gpu_limit(problem)):
+        raise NotImplementedError(reason)
     check(tensors, kinds, problem, device)
