@@ -43,6 +43,7 @@ from implementations.registry import Device, select, unknown
 from spec.problem import PASSES
 
 console = Console(stderr=False)
+logger = logging.getLogger(__name__)
 _CHECKING = 0.4  # of the seconds that a sweep may take: for what has not been checked yet
 
 
@@ -120,8 +121,10 @@ def _sweep(options: argparse.Namespace) -> int:
         if options.seconds is not None:  # what was not reached is left for the next call
             behind = sweep.unchecked(left, checked, settings)
             left = [cell for cell in left if cell not in behind]
+        logger.debug("checked in %.1f s", time.monotonic() - started)
         task = bar.add_task("sweep", total=to_do)
         protocol = replace(protocol, ceilings=_ceilings(folder, left, settings))
+        logger.debug("ceilings measured %.1f s after the start", time.monotonic() - started)
         for row, samples in sweep.run(left, latest(checked), protocol, settings):
             records.append(folder / "samples.csv", samples)
             records.append(path, [row])

@@ -1,7 +1,8 @@
 """The leaderboard: the rows of a sweep by cell, ranked inside it.
 
-A cell is one problem, pass, cache and device. Only what passed its parity check has a rank, and only times read by the
-same timer on the same GPU are set against each other.
+A cell is one problem, pass, cache and device. Only what passed its parity check has a rank, and only times from the same
+GPU are set against each other. The host's clock reads no less than a device's: its times are ranked, as what a call
+takes at most, and the note says so.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from harness.rows import SIZES, SweepRow
 from spec.problem import PASSES
 
 PRECISIONS = ("fp64", "fp32", "fp32 (tf32)", "bf16", "fp16")
+_TIMERS = {"cupti", "cuda_events", "host_sync"}
 _LETTERS = dict(zip(SIZES, "BTHDM", strict=True))
 
 
@@ -64,7 +66,8 @@ def _cell(rows: list[SweepRow], baseline: str) -> Cell:
     timed = sorted((row for row in rows if row.device_ms), key=lambda row: (row.device_ms, row.implementation))
     others = [row for row in rows if not row.device_ms]
     others.sort(key=lambda row: (row.status == "unsupported", row.status, row.implementation))
-    comparable = len({(row.timer, row.gpu) for row in timed}) <= 1
+    timers = {row.timer for row in timed}
+    comparable = len({row.gpu for row in timed}) <= 1 and (len(timers) <= 1 or timers <= _TIMERS)
     base = next((row.device_ms for row in timed if row.implementation == baseline and comparable), None)
     entries = [
         Entry(row, rank if comparable else None, base / row.device_ms if base and row.device_ms else None)
@@ -90,5 +93,10 @@ def _note(timed: list[SweepRow], comparable: bool) -> str:
     if not comparable:
         how = sorted({" on ".join(filter(None, (row.timer or "an unnamed timer", row.gpu))) for row in timed})
         return f"not ranked, no ratios: measured with {', '.join(how)}"
+    notes = []
+    if len({row.timer for row in timed}) > 1 and any(row.timer == "host_sync" for row in timed):
+        notes.append("times by host_sync have the host's share in them: on the device at most that")
     environments = len({row.fingerprint for row in timed})
-    return f"times from {environments} environments (driver or package versions)" if environments > 1 else ""
+    if environments > 1:
+        notes.append(f"times from {environments} environments (driver or package versions)")
+    return "; ".join(notes)

@@ -157,11 +157,23 @@ def test_the_same_folder_gives_the_same_bytes(folder, tmp_path):
     assert report.write(again).read_bytes() == (folder / report.NAME).read_bytes()
 
 
-def test_times_of_different_timers_are_not_set_against_each_other():
+def test_times_of_different_gpus_or_of_an_unknown_timer_are_not_set_against_each_other():
     fast = sweep_row(implementation="torch.eager", timer="cupti", gpu="H100")
-    cell = leaderboard([fast, sweep_row(implementation="jax.scan", timer="host_sync", gpu="H100")], "torch.eager")[0]
-    assert [(entry.rank, entry.ratio) for entry in cell.entries] == [(None, None)] * 2
-    assert cell.note == "not ranked, no ratios: measured with cupti on H100, host_sync on H100"
+    for other in ({"gpu": "H200"}, {"timer": "stopwatch"}):
+        cell = leaderboard([fast, replace(fast, implementation="jax.scan", **other)], "torch.eager")[0]
+        assert [(entry.rank, entry.ratio) for entry in cell.entries] == [(None, None)] * 2
+        assert cell.note.startswith("not ranked, no ratios: measured with cupti on H100, ")
+
+
+def test_a_time_by_the_hosts_clock_is_ranked_as_an_upper_bound():
+    fast = sweep_row(implementation="torch.eager", timer="cupti", gpu="H100")
+    cell = leaderboard([fast, replace(fast, implementation="jax.scan", timer="host_sync")], "torch.eager")[0]
+    assert [(entry.rank, entry.ratio) for entry in cell.entries] == [(1, 1.0), (2, 1.0)]
+    assert cell.note == "times by host_sync have the host's share in them: on the device at most that"
+
+
+def test_times_from_two_environments_are_told():
+    fast = sweep_row(implementation="torch.eager", timer="cupti", gpu="H100")
     cell = leaderboard([fast, replace(fast, implementation="jax.scan", fingerprint="other")], "torch.eager")[0]
     assert [(entry.rank, entry.ratio) for entry in cell.entries] == [(1, 1.0), (2, 1.0)]
     assert cell.note == "times from 2 environments (driver or package versions)"
