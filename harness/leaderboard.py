@@ -1,8 +1,8 @@
 """The leaderboard: the rows of a sweep by cell, ranked inside it.
 
-A cell is one problem, pass, cache and device. Only what passed its parity check has a rank, and only times from the same
-GPU are set against each other. The host's clock reads no less than a device's: its times are ranked, as what a call
-takes at most, and the note says so.
+A cell is one problem, pass, cache and device. Only what passed its parity check has a rank, and only times from one GPU
+are set against each other. The host's clock reads no less than a device's: its times are ranked, as what a call takes
+at most, and the note says so.
 """
 
 from __future__ import annotations
