@@ -146,4 +146,14 @@ FINDINGS = (
         "h100",
         _TK_PACKAGE,
     ),
+    Finding(
+        "ttt-tk-bundled-driver",
+        _TK,
+        "The wheel brings a copy of the driver's library",
+        "`libcuda` belongs to the installed driver. The wheel has one of its own beside it, which the extension loads "
+        "first; seen on an H100 with driver 580, it could not make the tensor maps that the kernels need. This lab's "
+        "adapter loads the installed one before it imports the package. `auditwheel repair --exclude libcuda.so.1` "
+        "leaves it out.",
+        packages=_TK_PACKAGE,
+    ),
 )

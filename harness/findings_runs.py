@@ -273,5 +273,14 @@ def ttt_tk_eps_in_our_page() -> Found:
     return found
 
 
+@_run
+def ttt_tk_bundled_driver() -> Found:
+    """The libraries in the wheel that a driver brings."""
+    from importlib.metadata import files
+
+    found = [path.name for path in files("test-time-training") or () if path.name.startswith("libcuda-")]
+    return {"libraries of the driver in the wheel": ", ".join(found) or "none"}
+
+
 if __name__ == "__main__":
     print(json.dumps(RUNS[sys.argv[1]]()))
