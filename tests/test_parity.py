@@ -124,7 +124,8 @@ def test_out_of_memory_is_tried_again_alone_on_a_gpu_only(monkeypatch):
         runner.settings = Settings(stamp, jobs=2)
         runner._room = parity._Room(2, parity.DEVICE_BYTES)
         calls = Calls(0, [Failure("oom", "80 GiB")])
-        found = runner._call(calls, CASE.problem("linear", "fp32"), jobs.check)
+        cell = Cell(ENTRY, CASE, CASE.problem("linear", "fp32"), ())
+        found = runner._call(calls, cell, jobs.check)
         assert isinstance(found, Failure) == (tried == 1) and calls.stopped == tried - 1
 
 
