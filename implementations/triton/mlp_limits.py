@@ -22,7 +22,7 @@ def gpu_limit(problem: Problem) -> str | None:
     ptxas 12.8, which Triton 3.6 and 3.7 bring, makes wrong code of some kernels with many operands of warp-group
     products in shared memory: it takes their addresses from registers that it never wrote. So lm-1.3b-m64 ended in
     illegal accesses on an H100; the same code assembled by ptxas 12.9 is right there. Seen only with blocks narrower
-    than 64, which the kernels no longer have. The sizes here are right on an H100 and clean under compute-sanitizer.
+    than 64, which the kernels no longer have. The sizes here are right on an H100, and in bf16 clean under memcheck.
     """
     verified = problem.mini_batch == problem.head_dim == 64 and problem.dtype in ("bf16", "fp16")
     if problem.mini_batch > 16 and not verified:
