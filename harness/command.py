@@ -12,6 +12,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,7 +201,16 @@ def _proof(options: argparse.Namespace) -> int:
     if not stamp.gpu:
         raise ValueError("the timer is proven on a GPU, and the driver reports none")
     folder = records.results_folder(options.results or environment.ROOT / "results" / environment.folder_name(stamp))
-    proofs = [] if options.only == "compare" else proof.run()
+    proofs: list[proof.Proof] = []
+    missing: list[str] = []
+    if options.only != "compare":
+        with closing(Worker()) as worker:  # the pairs are measured without a second context on the GPU
+            try:
+                proofs, missing = worker.call(proof.run, timeout=proof.SECONDS)
+            except Failure as failure:
+                raise ValueError(f"the timer was not proven: {failure.status}: {failure.reason}") from failure
+    for reason in missing:
+        console.print(f"not proven in {reason}", markup=False)
     if proofs:
         console.print(summary.proof_table(proofs))
         console.print(f"  {proof.save(folder, proofs)}", highlight=False, soft_wrap=True)

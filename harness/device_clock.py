@@ -33,6 +33,8 @@ LONG_MS = 50.0
 LEAD, MOST_LEAD_MS = 2.0, 20.0
 # CUPTI turns the device's clock into the host's, in a virtual machine not to the microsecond: seen 0.8 ms off there.
 SKEW_NS = 5_000_000
+# Seen on an H100, once in hundreds of processes that start together: CUPTI's ERROR_NOT_INITIALIZED.
+STARTS, START_WAIT_S = 5, 0.5
 _BUFFER_BYTES = 8 * 2**20
 _NAME_LENGTH, _NAMES = 60, 6  # of the kernels in a row
 
@@ -158,11 +160,18 @@ class CuptiClock:
     name = "cupti"
 
     def __init__(self, framework: Framework, host_ms: float = 0.0):
-        self._framework, self._recorder, self._lead_s = framework, _recorder(), _lead_s(host_ms)
-        try:
-            (touched,) = self._recorder.operations([framework.touch])
-        except Exception as error:  # CUPTI's own, without a common class in every version
-            raise RuntimeError(f"CUPTI: {error}") from error
+        self._framework, self._lead_s = framework, _lead_s(host_ms)
+        for start in range(1, STARTS + 1):
+            try:
+                self._recorder = _recorder()
+                (touched,) = self._recorder.operations([framework.touch])
+                break
+            except ImportError:
+                raise
+            except Exception as error:  # CUPTI's own, without a common class in every version
+                if start == STARTS or "NOT_INITIALIZED" not in str(error):
+                    raise RuntimeError(f"CUPTI: {error}") from error
+                time.sleep(START_WAIT_S)
         if not touched:
             raise RuntimeError("CUPTI recorded nothing")
 
@@ -200,10 +209,7 @@ class _Recorder:
         self._names = {int(kinds.MEMCPY): "copy", int(kinds.MEMSET): "fill"}
         self._kinds = (int(kinds.CONCURRENT_KERNEL), *self._names)
         self._found: list[_Operation] = []
-        try:
-            cupti.activity_register_callbacks(lambda: (_BUFFER_BYTES, 0), self._completed)
-        except Exception as error:  # CUPTI's own, without a common class in every version
-            raise RuntimeError(f"CUPTI: {error}") from error
+        cupti.activity_register_callbacks(lambda: (_BUFFER_BYTES, 0), self._completed)
 
     def operations(self, calls: Sequence[Callable[[], Any]]) -> list[list[_Operation]]:
         """What ran on the device for each call; a call returns after all it started has ended.

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
             "git_sha": stamp.git_sha,
             "started_at": stamp.started_at,
         }
-    kept.write_text(json.dumps(dict(sorted(measured.items())), indent=2) + "\n", encoding="utf-8")
+        kept.write_text(json.dumps(dict(sorted(measured.items())), indent=2) + "\n", encoding="utf-8")
     page = options.folder / "findings.md"
     page.write_text(render(FINDINGS, measured), encoding="utf-8")
     console.print(f"  {page}", highlight=False, soft_wrap=True)

@@ -132,6 +132,25 @@ def test_a_record_belongs_to_its_call_though_the_devices_clock_is_off(cupti):
     assert clock.time([ahead(0), ahead(800_000), ahead(-1_500_000)]).ms == [1.0, 1.0, 1.0]
 
 
+def test_cupti_that_does_not_start_at_once_is_asked_again(cupti, monkeypatch):
+    register, refused = cupti.activity_register_callbacks, []
+
+    def refuse_once(*callbacks):
+        if not refused:
+            refused.append(callbacks)
+            raise RuntimeError("ERROR_NOT_INITIALIZED (15)")
+        register(*callbacks)
+
+    monkeypatch.setattr(cupti, "activity_register_callbacks", refuse_once)
+    monkeypatch.setattr(device_clock, "START_WAIT_S", 0.0)
+    assert open_clock(FakeFramework(cupti)).name == "cupti" and refused
+
+    monkeypatch.setattr(cupti, "activity_enable", lambda kind: refused.append(kind) or 1 / 0)
+    with pytest.raises(RuntimeError, match="CUPTI: division"):  # another error is told at once
+        CuptiClock(FakeFramework(cupti))
+    assert len(refused) == 2
+
+
 def test_without_cupti_the_next_best_clock_says_so(cupti, monkeypatch):
     monkeypatch.setattr(cupti, "activity_enable", lambda kind: None)  # it takes the call and records nothing
     assert open_clock(FakeFramework(cupti)).name == "host_sync"
