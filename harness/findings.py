@@ -58,11 +58,16 @@ def run(options: argparse.Namespace) -> int:
             "git_sha": stamp.git_sha,
             "started_at": stamp.started_at,
         }
-        kept.write_text(json.dumps(dict(sorted(measured.items())), indent=2) + "\n", encoding="utf-8")
+        _keep(measured, kept)
+    _keep(measured, kept)
     page = options.folder / "findings.md"
     page.write_text(render(FINDINGS, measured), encoding="utf-8")
     console.print(f"  {page}", highlight=False, soft_wrap=True)
     return 1 if failed else 0
+
+
+def _keep(measured: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(dict(sorted(measured.items())), indent=2) + "\n", encoding="utf-8")
 
 
 def _chosen(names: Sequence[str], device: Device) -> list[Finding]:
