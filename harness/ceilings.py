@@ -51,6 +51,11 @@ def measure(steps: list[tuple[InnerModel, int]], fingerprint: str) -> Ceilings:
     return Ceilings(_copy(framework), _products(framework), _steps(framework, steps), fingerprint)
 
 
+def prepare(steps: list[tuple[InnerModel, int]]) -> None:
+    """Compile what `measure` will ask for in this process."""
+    _calls(steps)
+
+
 def save(ceilings: Ceilings, folder: Path) -> None:
     """Write `ceilings.json`."""
     (folder / FILE).write_text(json.dumps(asdict(ceilings), indent=2) + "\n", encoding="utf-8")
@@ -114,6 +119,14 @@ def _products(framework: Framework) -> dict[str, float]:
 
 
 def _steps(framework: Framework, steps: list[tuple[InnerModel, int]]) -> dict[str, float]:
+    return {
+        _step_key(*step): min(_median_s(framework, call) for call in calls) / STEPS * 1e6
+        for step, calls in _calls(steps).items()
+    }
+
+
+def _calls(steps: list[tuple[InnerModel, int]]) -> dict[tuple[InnerModel, int], list[Any]]:
+    """The chains of each step, called once: what cannot be compiled here is left out."""
     try:
         from harness import chain
     except ImportError as error:
@@ -122,12 +135,13 @@ def _steps(framework: Framework, steps: list[tuple[InnerModel, int]]) -> dict[st
     found = {}
     for inner_model, head_dim in steps:
         try:
-            calls = chain.calls(inner_model, head_dim, STEPS)
-            seconds = min(_median_s(framework, call) for call in calls)
+            calls = list(chain.calls(inner_model, head_dim, STEPS))
+            for call in calls:
+                call()
         except Exception as error:  # a compiler's: without the floor the sweep is still worth running
             logger.warning("the latency of a step of %s, D %d, is not measured: %s", inner_model, head_dim, error)
             continue
-        found[_step_key(inner_model, head_dim)] = seconds / STEPS * 1e6
+        found[inner_model, head_dim] = calls
     return found
 
 

@@ -11,8 +11,9 @@ import argparse
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,7 +111,11 @@ def _sweep(options: argparse.Namespace) -> int:
     def late(share: float) -> bool:
         return options.seconds is not None and time.monotonic() - started > share * options.seconds
 
-    with _progress() as bar, tempfile.TemporaryDirectory(prefix="ttt-lab-compiled-") as compiled:
+    with (
+        _progress() as bar,
+        tempfile.TemporaryDirectory(prefix="ttt-lab-compiled-") as compiled,
+        _ceilings(folder, left, settings) as measure_ceilings,
+    ):
         settings = replace(settings, compiled=settings.compiled or Path(compiled))
         task = bar.add_task("parity", total=sum(map(len, groups)))
         for cell, found in parity.run(groups, settings):
@@ -124,7 +129,7 @@ def _sweep(options: argparse.Namespace) -> int:
             left = [cell for cell in left if cell not in behind]
         logger.debug("checked in %.1f s", time.monotonic() - started)
         task = bar.add_task("sweep", total=to_do)
-        protocol = replace(protocol, ceilings=_ceilings(folder, left, settings))
+        protocol = replace(protocol, ceilings=measure_ceilings() if left else None)
         logger.debug("ceilings measured %.1f s after the start", time.monotonic() - started)
         for row, samples in sweep.run(left, latest(checked), protocol, settings):
             records.append(folder / "samples.csv", samples)
@@ -173,21 +178,33 @@ def _protocol(options: argparse.Namespace, device: Device) -> sweep.Protocol:
     return sweep.Protocol(processes, tuple(caches))
 
 
-def _ceilings(folder: Path, cells: list[grid.Cell], settings: Settings) -> ceilings.Ceilings | None:
-    """Measured now, and kept beside the rows; None on a CPU, where nothing is a performance claim."""
+@contextmanager
+def _ceilings(
+    folder: Path, cells: list[grid.Cell], settings: Settings
+) -> Iterator[Callable[[], ceilings.Ceilings | None]]:
+    """What measures the ceilings and keeps them beside the rows; a process compiles what that needs from now on.
+
+    It gives None on a CPU, where nothing is a performance claim.
+    """
     if settings.stamp.device == "cpu" or not cells:
-        return None
+        yield lambda: None
+        return
     steps = list(dict.fromkeys((cell.problem.inner_model, cell.problem.head_dim) for cell in cells))
-    worker = Worker()
-    try:
-        found = worker.call(ceilings.measure, steps, settings.stamp.fingerprint, timeout=settings.timeout)
-    except Failure as failure:
-        console.print(f"no roofline: {failure.status}: {failure.reason}", style="yellow", markup=False)
-        return None
-    finally:
-        worker.close()
-    ceilings.save(found, folder)
-    return found
+    with ThreadPoolExecutor(1) as thread, closing(Worker()) as worker:
+        prepared = thread.submit(worker.call, ceilings.prepare, steps, timeout=settings.timeout)
+
+        def measure() -> ceilings.Ceilings | None:
+            try:
+                prepared.result()
+                found = worker.call(ceilings.measure, steps, settings.stamp.fingerprint, timeout=settings.timeout)
+            except Failure as failure:
+                console.print(f"no roofline: {failure.status}: {failure.reason}", style="yellow", markup=False)
+                return None
+            worker.stop()
+            ceilings.save(found, folder)
+            return found
+
+        yield measure
 
 
 def _doctor(options: argparse.Namespace) -> int:

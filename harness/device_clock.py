@@ -8,7 +8,8 @@ first and after the last is not. Without CUPTI, PyTorch is timed by CUDA events 
 
 A call of several kernels may wait for its launches, tens of microseconds each on a slow host. PyTorch's calls are
 therefore queued behind a kernel that spins, which is left out: when it ends the launches are there, and the gaps that
-are left are the device's. JAX gives nothing to put in front of a call; its launches come from C++.
+are left are the device's. A call whose launches were not there by then is made again behind a longer one. JAX gives
+nothing to put in front of a call; its launches come from C++.
 
 Recording costs the host some microseconds a launch, so a call that waits for its launches all the same takes longer
 while it is recorded. The host's time is therefore taken from calls that are not recorded, and it bounds the device's.
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple, Protocol
 from harness.frameworks import HOLDS, Framework
 
 LONG_MS = 50.0
-# A call is held back for so many times what it takes by the host, launches and all, but no longer than that.
+# A call is held back for so many times what it takes by the host, launches and all; longer if it was late, to a limit.
 LEAD, MOST_LEAD_MS = 2.0, 20.0
 # CUPTI turns the device's clock into the host's, in a virtual machine not to the microsecond: seen 0.8 ms off there.
 SKEW_NS = 5_000_000
@@ -124,21 +125,21 @@ class EventClock:
     def __init__(self, framework: Framework, host_ms: float = 0.0):
         import torch
 
-        self._framework, self._torch, self._lead_s = framework, torch, _lead_s(host_ms)
+        self._framework, self._torch, self._lead = framework, torch, _Lead(framework, host_ms)
 
     def time(self, calls: Sequence[Callable[[], Any]]) -> Times:
         """See `Clock`."""
-        times = []
-        for call in calls:
-            before, after = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
-            _hold(self._framework, self._lead_s)
-            before.record()
-            result = call()
-            after.record()
-            self._framework.synchronize(result)
-            times.append(before.elapsed_time(after))
-            del result
-        return Times(times)
+        return Times(self._lead.of(calls, lambda some: [self._one(call) for call in some]))
+
+    def _one(self, call: Callable[[], Any]) -> tuple[float, bool]:
+        before, after = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        held = self._lead.hold()
+        before.record()
+        result = call()
+        after.record()
+        in_time = held()
+        self._framework.synchronize(result)
+        return before.elapsed_time(after), in_time
 
 
 class _Operation(NamedTuple):
@@ -160,7 +161,7 @@ class CuptiClock:
     name = "cupti"
 
     def __init__(self, framework: Framework, host_ms: float = 0.0):
-        self._framework, self._lead_s = framework, _lead_s(host_ms)
+        self._framework, self._lead = framework, _Lead(framework, host_ms)
         for start in range(1, STARTS + 1):
             try:
                 self._recorder = _recorder()
@@ -177,25 +178,59 @@ class CuptiClock:
 
     def time(self, calls: Sequence[Callable[[], Any]]) -> Times:
         """See `Clock`."""
-        recorded = self._recorder.operations([functools.partial(self._wait_for, call) for call in calls])
-        of_calls = [[op for op in ops if HOLDS not in op.name] for ops in recorded] if self._lead_s else recorded
+        of_calls = self._lead.of(calls, self._record)
         if not all(of_calls):
             raise RuntimeError("a call ran nothing on the device")
         spans = [(max(op.end for op in ops) - min(op.start for op in ops)) / 1e6 for ops in of_calls]
         return Times(spans, len(of_calls[-1]), _names(of_calls[-1]))
 
-    def _wait_for(self, call: Callable[[], Any]) -> None:
-        _hold(self._framework, self._lead_s)
-        self._framework.synchronize(call())
+    def _record(self, calls: Sequence[Callable[[], Any]]) -> list[tuple[list[_Operation], bool]]:
+        """What ran for each call, and whether it was launched in time."""
+        in_time: list[bool] = []
+
+        def wait_for(call: Callable[[], Any]) -> None:
+            held = self._lead.hold()
+            result = call()
+            in_time.append(held())
+            self._framework.synchronize(result)
+
+        recorded = self._recorder.operations([functools.partial(wait_for, call) for call in calls])
+        if self._lead.seconds:
+            recorded = [[op for op in ops if HOLDS not in op.name] for ops in recorded]
+        return list(zip(recorded, in_time, strict=True))
 
 
-def _lead_s(host_ms: float) -> float:
-    return min(LEAD * host_ms, MOST_LEAD_MS) / 1e3
+class _Lead:
+    """What keeps the device busy while a call is launched, `seconds` long; nothing where that is 0."""
 
+    def __init__(self, framework: Framework, host_ms: float):
+        self._framework = framework
+        self.seconds = min(LEAD * host_ms, MOST_LEAD_MS) / 1e3
 
-def _hold(framework: Framework, seconds: float) -> None:
-    if seconds:
-        framework.hold(seconds)
+    def hold(self) -> Callable[[], bool]:
+        """Start; what it returns says whether that still lasts."""
+        return self._framework.hold(self.seconds) if self.seconds else lambda: True
+
+    def of(
+        self, calls: Sequence[Callable[[], Any]], time_them: Callable[[list[Callable[[], Any]]], list[tuple[Any, bool]]]
+    ) -> list[Any]:
+        """What `time_them` gives of each call; a call that was not in time is made again, where a longer lead is left.
+
+        A host that was slow once, or slower than when it was asked, would otherwise show as a gap between kernels.
+        """
+        found: dict[int, Any] = {}
+        left = list(range(len(calls)))
+        while left:
+            at_most = self.seconds >= MOST_LEAD_MS / 1e3
+            late = []
+            for number, (value, in_time) in zip(left, time_them([calls[number] for number in left]), strict=True):
+                found[number] = value
+                if not in_time and not at_most:
+                    late.append(number)
+            if late:
+                self.seconds = min(2 * self.seconds, MOST_LEAD_MS / 1e3)
+            left = late
+        return [found[number] for number in range(len(calls))]
 
 
 class _Recorder:

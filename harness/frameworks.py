@@ -59,8 +59,11 @@ class Framework(Protocol):
     def touch(self) -> None:
         """Run something small on the device and wait for it."""
 
-    def hold(self, seconds: float) -> None:
-        """Keep the device busy for about so long before what is launched next, by a kernel named `HOLDS`."""
+    def hold(self, seconds: float) -> Callable[[], bool]:
+        """Keep the device busy for about so long before what is launched next, by a kernel named `HOLDS`.
+
+        What it returns says whether that kernel still runs: whether all that was launched by then stood in a queue.
+        """
 
 
 HOLDS = "spin_kernel"  # what `torch.cuda._sleep` launches
@@ -165,8 +168,11 @@ class _Torch:
     def touch(self) -> None:
         self.synchronize(self.torch.ones(1, device=self.device) + 1)
 
-    def hold(self, seconds: float) -> None:
+    def hold(self, seconds: float) -> Callable[[], bool]:
         self.torch.cuda._sleep(int(seconds * 2e9))  # cycles, at about the highest clock
+        ended = self.torch.cuda.Event()
+        ended.record()
+        return lambda: not ended.query()
 
 
 class _Jax:
@@ -221,8 +227,9 @@ class _Jax:
     def touch(self) -> None:
         self.synchronize(self.jax.device_put(np.ones(1), self.place) + 1)
 
-    def hold(self, seconds: float) -> None:
-        """JAX's stream is its own: nothing can be put in front of a call there."""
+    def hold(self, seconds: float) -> Callable[[], bool]:
+        """JAX's stream is its own: nothing can be put in front of a call there, and none is called late."""
+        return lambda: True
 
 
 _BF16 = NUMPY_DTYPE["bf16"]
