@@ -68,12 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parity(options: argparse.Namespace) -> int:
     cells = _cells(options)
     folder, settings = _open(options)
-    groups = parity.with_yardstick(cells)
     path = folder / "parity.csv"
+    known = sweep.known_yardsticks(cells, latest(_load(path, ParityRow)), settings)
+    groups = parity.with_yardstick(cells, known)
     done: list[ParityRow] = []
     with _progress() as bar:
         task = bar.add_task("parity", total=sum(map(len, groups)))
-        for cell, rows in parity.run(groups, settings):
+        for cell, rows in parity.run(groups, settings, known):
             records.append(path, rows)
             done += rows
             bar.update(task, advance=1, description=f"{cell.case.name} {cell.problem.dtype}")
@@ -105,7 +106,9 @@ def _sweep(options: argparse.Namespace) -> int:
         rows = sweep.of_cells(_load(path, SweepRow), cells, settings.stamp.device)
         console.print(summary.sweep_status(rows, left, len(protocol.caches)))
         return 0
-    groups = parity.with_yardstick(sweep.unchecked(left, checked, settings))
+    to_check = sweep.unchecked(left, checked, settings)
+    known = sweep.known_yardsticks(to_check, latest(checked), settings)
+    groups = parity.with_yardstick(to_check, known)
     started = time.monotonic()
 
     def late(share: float) -> bool:
@@ -118,7 +121,7 @@ def _sweep(options: argparse.Namespace) -> int:
     ):
         settings = replace(settings, compiled=settings.compiled or Path(compiled))
         task = bar.add_task("parity", total=sum(map(len, groups)))
-        for cell, found in parity.run(groups, settings):
+        for cell, found in parity.run(groups, settings, known):
             records.append(checked_path, found)
             bar.update(task, advance=1, description=f"parity {cell.case.name} {cell.problem.dtype}")
             if late(_CHECKING):

@@ -16,11 +16,12 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from harness import jobs, rule
@@ -31,6 +32,7 @@ from harness.rows import ParityRow
 from harness.worker import Failure, Worker
 from implementations.registry import Implementation, implementations
 from spec.cost import affordable_form, working_bytes
+from spec.problem import Problem
 
 logger = logging.getLogger(__name__)
 
@@ -67,20 +69,32 @@ class Settings:
     compiled: Path | None = None
 
 
-def with_yardstick(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """The cells grouped by problem, the yardstick's in front of each group that does not have it yet."""
-    groups: dict[Any, list[Cell]] = {}
+Known = Mapping[tuple[str, Problem], Sequence[ParityRow]]  # by the name of the case and the problem
+
+
+def with_yardstick(cells: Iterable[Cell], known: Known = MappingProxyType({})) -> list[list[Cell]]:
+    """The cells grouped by problem, the yardstick's in front of each group that neither has it nor is in `known`."""
+    groups: dict[tuple[str, Problem], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.case.name, cell.problem), []).append(cell)
-    yardstick = implementations()[rule.YARDSTICK]
-    for group in groups.values():
-        if all(cell.entry.key != rule.YARDSTICK for cell in group):
-            group.insert(0, group[0]._replace(entry=yardstick, passes=()))
+    for key, group in groups.items():
+        if key not in known and all(cell.entry.key != rule.YARDSTICK for cell in group):
+            group.insert(0, of_yardstick(group[0]))
     return list(groups.values())
 
 
-def run(groups: list[list[Cell]], settings: Settings) -> Iterator[tuple[Cell, list[ParityRow]]]:
-    """Check every cell and yield its rows; the cells of a group come together, a group as soon as it is done."""
+def of_yardstick(cell: Cell) -> Cell:
+    """The yardstick's check on the problem of `cell`."""
+    return cell._replace(entry=implementations()[rule.YARDSTICK], passes=())
+
+
+def run(
+    groups: list[list[Cell]], settings: Settings, known: Known = MappingProxyType({})
+) -> Iterator[tuple[Cell, list[ParityRow]]]:
+    """Check every cell and yield its rows; the cells of a group come together, a group as soon as it is done.
+
+    `known` has the rows of the yardstick for groups without it.
+    """
     with ExitStack() as stack:
         runner = _Runner(settings, stack)
         waiting = iter(groups)
@@ -88,7 +102,7 @@ def run(groups: list[list[Cell]], settings: Settings) -> Iterator[tuple[Cell, li
             runner.start(group)
         for _ in groups:
             group, results = runner.next_done()
-            yardstick = results[rule.YARDSTICK]
+            yardstick = results.get(rule.YARDSTICK) or known[group[0].case.name, group[0].problem]
             for cell in group:
                 yield cell, _rows(cell, results[cell.entry.key], yardstick, settings)
             for another in itertools.islice(waiting, 1):
@@ -170,7 +184,7 @@ class _Runner:
         """Call in a process of the implementation, or of the oracle."""
         key, device = entry.key if entry else "oracle", self.settings.stamp.device
         if key not in self._lanes:
-            slow = entry is None or entry.key == rule.YARDSTICK or entry.framework == "jax"
+            slow = entry is None or entry.key == rule.YARDSTICK or entry.key.startswith(("jax.", "triton."))
             count = (_PROCESSES_OF_SLOW if slow else _PROCESSES)[device]
             workers = [Worker(self._environment) for _ in range(count)]
             warm = functools.partial(jobs.warm_up, entry, device) if device == "cuda" else None
@@ -268,7 +282,10 @@ def _done(value: Any) -> Future:
 
 
 def _rows(
-    cell: Cell, result: list[TensorCheck] | Failure, yardstick: list[TensorCheck] | Failure, settings: Settings
+    cell: Cell,
+    result: list[TensorCheck] | Failure,
+    yardstick: Sequence[TensorCheck | ParityRow] | Failure,
+    settings: Settings,
 ) -> list[ParityRow]:
     common = cell_columns(cell) | {
         "run_id": settings.stamp.run_id,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from harness.check import TensorCheck
 from spec.cases import Case
@@ -28,6 +28,18 @@ TF32_CAP = 2e-3  # tf32 keeps the 10 mantissa bits of fp16
 MAX_OVER_RMS = 4.0
 # The floor for one number. fp32 and fp64: sums of thousands of terms, whose order is free.
 FLOOR_ULPS = {"fp64": 16.0, "fp32": 16.0, "fp16": 2.0, "bf16": 2.0}
+
+
+class Measured(Protocol):
+    """A tensor's errors as they were measured: a `TensorCheck`, or its row."""
+
+    @property
+    def max_error(self) -> float | None:
+        """The largest, relative."""
+
+    @property
+    def rms_error(self) -> float | None:
+        """The root mean square, relative."""
 
 
 class Errors(NamedTuple):
@@ -68,7 +80,7 @@ def floor(check: TensorCheck, case: Case, problem: Problem) -> Errors:
     return Errors(few * min(1.0, 4 * luck), few * luck)
 
 
-def judge(check: TensorCheck, yardstick: TensorCheck | None, case: Case, problem: Problem) -> Verdict:
+def judge(check: TensorCheck, yardstick: Measured | None, case: Case, problem: Problem) -> Verdict:
     """Hold `check` to the error of the yardstick on the same problem; to the absolute caps if that is None."""
     if yardstick is None or yardstick.max_error is None or yardstick.rms_error is None:
         allowed = caps(case, problem)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness import ceilings, jobs, parity
+from harness import ceilings, jobs, parity, rule
 from harness.ceilings import Ceilings
 from harness.device_clock import CuptiClock
 from harness.environment import Stamp
@@ -65,6 +65,20 @@ def unchecked(cells: Iterable[Cell], rows: Iterable[ParityRow], settings: Settin
     known = {_cell_key(row) for row in rows if row.seed == settings.seed and _is_current(row, settings.stamp)}
     can_run = (cell for cell in cells if not cell.entry.untimed(cell.problem, settings.stamp.device))
     return [cell for cell in can_run if _cell_key_of(cell, settings.stamp) not in known]
+
+
+def known_yardsticks(cells: Iterable[Cell], rows: Iterable[ParityRow], settings: Settings) -> parity.Known:
+    """What is on disk of the yardstick as it is, on this machine and with this seed, for the problems of `cells`."""
+    by_cell: dict[Any, list[ParityRow]] = {}
+    for row in rows:
+        if row.implementation == rule.YARDSTICK and row.seed == settings.seed and _is_current(row, settings.stamp):
+            by_cell.setdefault(_cell_key(row), []).append(row)
+    known = {}
+    for cell in cells:
+        found = by_cell.get(_cell_key_of(parity.of_yardstick(cell), settings.stamp))
+        if found and all(row.status == "ok" for row in found):
+            known[cell.case.name, cell.problem] = found
+    return known
 
 
 def unmeasured(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,3 +158,20 @@ def test_a_first_call_is_that_of_the_check(tmp_path):
 def test_compilers_keep_what_they_made_in_the_folder_of_the_run(tmp_path):
     caches = parity.compiler_caches(tmp_path)
     assert all(value == "0" or value.startswith(str(tmp_path)) for value in caches.values()) and len(caches) == 5
+
+
+def test_a_yardstick_on_disk_is_not_computed_again():
+    problem = CASE.problem("linear", "fp32")
+    cell = Cell(implementations()["torch.autograd"], CASE, problem, ())
+    (group,) = parity.with_yardstick([cell])
+    rows = {found.entry.key: rows for found, rows in parity.run([group], SETTINGS)}
+    known = sweep.known_yardsticks([cell], rows["torch.eager"], SETTINGS)
+    (alone,) = parity.with_yardstick([cell], known)
+    assert len(group) == 2 and alone == [cell]
+    ((_, again),) = parity.run([alone], SETTINGS, known)
+    assert [(row.tensor, row.error_ratio, row.yardstick_rms_error) for row in again] == [
+        (row.tensor, row.error_ratio, row.yardstick_rms_error) for row in rows["torch.autograd"]
+    ]
+    wrong = [replace(row, status="wrong", reason="is") for row in rows["torch.eager"]]
+    for useless in (wrong, [replace(row, source_hash="0") for row in rows["torch.eager"]], rows["torch.autograd"]):
+        assert not sweep.known_yardsticks([cell], useless, SETTINGS)
