@@ -93,7 +93,7 @@ def rates(token_eta, M: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr):
 
 @triton.jit
 def hidden(chunk, f, BF: tl.constexpr, F: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
-    """Offsets [BF, C] of rows `f` to `f + BF` of block `chunk` of [F, C], stored as [C / M, F, M]."""
+    """Offsets [BF, C] of rows `f` to `f + BF` of chunk `chunk` of [F, C], stored as [C/M F M]; with M = C, as [F C]."""
     c = tl.arange(0, C)[None, :]
     return chunk * F * C + (f + tl.arange(0, BF))[:, None] * M + c // M * (F * M) + c % M
 

@@ -123,13 +123,14 @@ def scan(
         column = (n % R) * M
         if column == C - M and n >= R:  # what the next chunk reads, while this one is computed
             ask_for_chunk(pulled, chunk - 1, D, C)
-        p_w2 = trace.w2 + (chunk * R + n % R) * D * F
+        slot = chunk * R + n % R
+        p_w2 = trace.w2 + slot * D * F
         if n > 0:
             ask_for(p_w2 - D * F, D * F // 64)
         if column == C - M:
             tl.store(walked.d_w1 + chunk * D * F + tile, nearest(d_w1, DTYPE))
             tl.store(walked.d_b1 + chunk * F + f, d_b1)
-        at_f, at_d = (chunk * R + n % R) * F * M, (chunk * R + n % R) * D * M
+        at_f, at_d = slot * F * M, slot * D * M
         token = chunk * C + column + m
         # All loads first: none waits behind a barrier.
         xk = load_tokens(inputs.xk, batch, head, first + n, M, D, D)

@@ -35,7 +35,10 @@ class Weights(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What the recurrence leaves behind of one segment, in chunks of C tokens, C innermost; K chunks a chain."""
+    """What the recurrence leaves behind of one segment, in chunks of C tokens; K chunks a chain.
+
+    F C and D C stand for C/M F M and C/M D M: what a step of a walk reads and writes of a mini-batch lies together.
+    """
 
     z1: Any  # [B H K F C]
     g_x2: Any  # [B H K F C]
@@ -180,7 +183,8 @@ def recurrence(
         next_xk = load_tokens(inputs.xk, batch, head, ahead, M, D, D)
         next_xv = load_tokens(inputs.xv, batch, head, ahead, M, D, D)
         next_lr = tl.load(token_pointers(inputs.lr, batch, head, ahead, M))
-        at_f, at_d = (chunk * R + n % R) * F * M, (chunk * R + n % R) * D * M
+        slot = chunk * R + n % R
+        at_f, at_d = slot * F * M, slot * D * M
 
         z1 = matmul(w1_start, tl.trans(xk), DTYPE, "ieee") + b1[:, None]  # [F, D] @ [D, M] -> [F, M]
         x2, slope = gelu_first(z1)
