@@ -92,24 +92,30 @@ def rates(token_eta, M: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def load_hidden(p_x, chunk, f, BF: tl.constexpr, F: tl.constexpr, C: tl.constexpr):
-    """Rows `f` to `f + BF` of [F, C], as stored."""
-    return tl.load(p_x + chunk * F * C + (f + tl.arange(0, BF))[:, None] * C + tl.arange(0, C)[None, :])
+def hidden(chunk, f, BF: tl.constexpr, F: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
+    """Offsets [BF, C] of rows `f` to `f + BF` of chunk `chunk` of [F, C], stored as [C/M F M]; with M = C, as [F C]."""
+    c = tl.arange(0, C)[None, :]
+    return chunk * F * C + (f + tl.arange(0, BF))[:, None] * M + c // M * (F * M) + c % M
 
 
 @triton.jit
-def store_hidden(p_x, x, chunk, f, BF: tl.constexpr, F: tl.constexpr, C: tl.constexpr):
-    """Rows `f` to `f + BF` of [F, C], rounded to what is stored there."""
-    at = p_x + chunk * F * C + (f + tl.arange(0, BF))[:, None] * C + tl.arange(0, C)[None, :]
-    tl.store(at, nearest(x, p_x.dtype.element_ty))
+def load_hidden(p_x, chunk, f, BF: tl.constexpr, F: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
+    """Those rows, as stored."""
+    return tl.load(p_x + hidden(chunk, f, BF, F, C, M))
 
 
 @triton.jit
-def inner(trace, chunk, f, BF: tl.constexpr, F: tl.constexpr, C: tl.constexpr):
+def store_hidden(p_x, x, chunk, f, BF: tl.constexpr, F: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
+    """Those rows, rounded to what is stored there."""
+    tl.store(p_x + hidden(chunk, f, BF, F, C, M), nearest(x, p_x.dtype.element_ty))
+
+
+@triton.jit
+def inner(trace, chunk, f, BF: tl.constexpr, F: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
     """(x2^T, g_z1^T) [BF, C], rounded."""
     DTYPE: tl.constexpr = trace.z1.dtype.element_ty
-    x2, slope = gelu_first(load_hidden(trace.z1, chunk, f, BF, F, C).to(tl.float32))
-    g_x2 = load_hidden(trace.g_x2, chunk, f, BF, F, C).to(tl.float32)
+    x2, slope = gelu_first(load_hidden(trace.z1, chunk, f, BF, F, C, M).to(tl.float32))
+    g_x2 = load_hidden(trace.g_x2, chunk, f, BF, F, C, M).to(tl.float32)
     return nearest(x2, DTYPE), nearest(g_x2 * slope, DTYPE)
 
 
@@ -118,8 +124,8 @@ def first_layer(
     trace, chunk, slot, f, xq, scores1, g_z1, BF: tl.constexpr, D: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr
 ):
     """(z1_bar [C, BF], w1^T, w2 [BF, D])."""
-    w1 = load_hidden(trace.w1, chunk, f, BF, 4 * D, D)
-    w2 = load_hidden(trace.w2, slot, f, BF, 4 * D, D)
+    w1 = load_hidden(trace.w1, chunk, f, BF, 4 * D, D, D)
+    w2 = load_hidden(trace.w2, slot, f, BF, 4 * D, D, D)
     b1 = tl.load(trace.b1 + chunk * 4 * D + f + tl.arange(0, BF))
     z1_bar = matmul(xq, tl.trans(w1), DTYPE, "ieee") + b1[None, :]  # [C, D] @ [D, BF] -> [C, BF]
     z1_bar -= matmul(scores1, tl.trans(g_z1), DTYPE, "ieee")  # [C, C] @ [C, BF] -> [C, BF]
@@ -145,12 +151,12 @@ def read_out(
     z2_bar = tl.zeros([C, D], tl.float32)
     attn2 = tl.full([C, C], 1.0, tl.float32)
     for f in tl.range(0, 4 * D, BF, num_stages=STAGES):
-        x2, g_z1 = inner(trace, chunk, f, BF, 4 * D, C)
+        x2, g_z1 = inner(trace, chunk, f, BF, 4 * D, C, M)
         z1_bar, _, w2 = first_layer(trace, chunk, chunk, f, xq, scores1, g_z1, BF, D, C, DTYPE)
         x2_bar = nearest(gelu(z1_bar), DTYPE)
         attn2 = matmul_add(x2_bar, x2, attn2, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
         z2_bar = matmul_add(x2_bar, w2, z2_bar, DTYPE, "ieee")  # [C, BF] @ [BF, D] -> [C, D]
-    g_z2 = load_hidden(trace.g_z2, chunk, 0, D, D, C)
+    g_z2 = load_hidden(trace.g_z2, chunk, 0, D, D, C, M)
     z2_bar -= matmul(rate_lr * attn2, tl.trans(g_z2), DTYPE, "ieee")  # [C, C] @ [C, D] -> [C, D]
     x_hat, rstd = normalise(z2_bar + load_row(trace.b2, chunk, D, D)[None, :], EPS, D, D)
     part = wide(chain) * all_chunks + n
@@ -191,16 +197,17 @@ def read_out_backward(
     d_z2_bar = project(d_o * ln_weight, x_hat, rstd, D, D)
     store_row(pulled.d_b2, tl.sum(d_z2_bar, 0), chunk, D, D)
     d_z2_bar = nearest(d_z2_bar, DTYPE)
-    g_z2 = load_hidden(trace.g_z2, chunk, 0, D, D, C)
+    g_z2 = load_hidden(trace.g_z2, chunk, 0, D, D, C, M)
     d_attn2 = nearest(-rate_lr * matmul(d_z2_bar, g_z2, DTYPE, "ieee"), DTYPE)  # [C, D] @ [D, C] -> [C, C]
 
     attn2 = tl.full([C, C], 1.0, tl.float32)
     # What the scan would else compute of the inner LayerNorm.
     xv = load_tokens(inputs.xv, batch, head, n, C, D, D).to(tl.float32)
-    x_hat = tl.load(trace.x_hat + chunk * D * C + tl.arange(0, D)[None, :] * C + c[:, None])
+    across = tl.trans(hidden(chunk, 0, D, D, C, M))
+    x_hat = tl.load(trace.x_hat + across)
     ln_bias = load_row(shared.ln_bias, head, D, D)[None, :]
     p = ln_weight * (ln_weight * x_hat + ln_bias - (xv - xk.to(tl.float32)))
-    tl.store(pulled.p + chunk * D * C + tl.arange(0, D)[None, :] * C + c[:, None], p)
+    tl.store(pulled.p + across, p)
     tl.store(pulled.mean_p + chunk * C + c, tl.sum(p, 1) * (1.0 / D))
     tl.store(pulled.along_p + chunk * C + c, tl.sum(p * x_hat, 1) * (1.0 / D))
     scaled = ln_weight * ln_weight * x_hat
@@ -211,12 +218,12 @@ def read_out_backward(
     d_scores = tl.zeros([C, C], tl.float32)
     for f in tl.range(0, F, BF, num_stages=STAGES):
         # What the scan would else compute from z1.
-        x2, slope, bend = gelu_second(load_hidden(trace.z1, chunk, f, BF, F, C).to(tl.float32))
-        g_x2 = load_hidden(trace.g_x2, chunk, f, BF, F, C).to(tl.float32)
+        x2, slope, bend = gelu_second(load_hidden(trace.z1, chunk, f, BF, F, C, M).to(tl.float32))
+        g_x2 = load_hidden(trace.g_x2, chunk, f, BF, F, C, M).to(tl.float32)
         x2, g_z1 = nearest(x2, DTYPE), nearest(g_x2 * slope, DTYPE)
-        store_hidden(pulled.x2, x2, chunk, f, BF, F, C)
-        store_hidden(pulled.slope, slope, chunk, f, BF, F, C)
-        store_hidden(pulled.curve, g_x2 * bend, chunk, f, BF, F, C)
+        store_hidden(pulled.x2, x2, chunk, f, BF, F, C, M)
+        store_hidden(pulled.slope, slope, chunk, f, BF, F, C, M)
+        store_hidden(pulled.curve, g_x2 * bend, chunk, f, BF, F, C, M)
 
         z1_bar, w1, w2 = first_layer(trace, chunk, slot, f, xq, scores1, g_z1, BF, D, C, DTYPE)
         x2_bar, slope = gelu_first(z1_bar)
@@ -227,10 +234,10 @@ def read_out_backward(
         d_z1_bar = d_x2_bar * slope
         tl.store(pulled.d_b1 + chunk * F + f + tl.arange(0, BF), tl.sum(d_z1_bar, 0))
         d_z1_bar = nearest(d_z1_bar, DTYPE)
-        store_hidden(pulled.d_w2, matmul(tl.trans(x2_bar), d_z2_bar, DTYPE, "ieee"), chunk, f, BF, F, D)
-        store_hidden(pulled.d_x2, matmul(tl.trans(x2_bar), d_attn2, DTYPE, "ieee"), chunk, f, BF, F, C)
-        store_hidden(pulled.d_w1, matmul(tl.trans(d_z1_bar), xq, DTYPE, "ieee"), chunk, f, BF, F, D)
-        store_hidden(pulled.d_g_z1, -matmul(tl.trans(d_z1_bar), scores1, DTYPE, "ieee"), chunk, f, BF, F, C)
+        store_hidden(pulled.d_w2, matmul(tl.trans(x2_bar), d_z2_bar, DTYPE, "ieee"), chunk, f, BF, F, D, D)
+        store_hidden(pulled.d_x2, matmul(tl.trans(x2_bar), d_attn2, DTYPE, "ieee"), chunk, f, BF, F, C, M)
+        store_hidden(pulled.d_w1, matmul(tl.trans(d_z1_bar), xq, DTYPE, "ieee"), chunk, f, BF, F, D, D)
+        store_hidden(pulled.d_g_z1, -matmul(tl.trans(d_z1_bar), scores1, DTYPE, "ieee"), chunk, f, BF, F, C, M)
         d_x_q = matmul_add(d_z1_bar, w1, d_x_q, DTYPE, "ieee")  # [C, BF] @ [BF, D] -> [C, D]
         d_scores = matmul_add(d_z1_bar, g_z1, d_scores, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
 
@@ -244,7 +251,7 @@ def read_out_backward(
     d_x_k = matmul(tl.trans(d_attn1), xq, DTYPE, "ieee")
     tl.store(pulled.d_xk + chunk * C * D + c[:, None] * D + tl.arange(0, D)[None, :], d_x_k)
     d_g_z2 = -matmul(tl.trans(nearest(rate_lr * attn2, DTYPE)), d_z2_bar, DTYPE, "ieee")  # [C, C] @ [C, D]
-    tl.store(pulled.d_g_z2 + chunk * D * C + tl.arange(0, D)[None, :] * C + c[:, None], d_g_z2)
+    tl.store(pulled.d_g_z2 + across, d_g_z2)
     d_rate_lr = -d_scores * (matmul(xq, tl.trans(xk), DTYPE, "ieee") + 1.0)
     d_rate_lr -= matmul(d_z2_bar, g_z2, DTYPE, "ieee") * attn2
     tl.store(pulled.d_lr + chunk * C + c, tl.sum(d_rate_lr * rate, 0))

@@ -41,7 +41,7 @@ from implementations.triton.blocks import (
     wide,
 )
 from implementations.triton.mlp_blocks import INTERPRETED
-from implementations.triton.mlp_readout import inner, load_hidden
+from implementations.triton.mlp_readout import hidden, inner, load_hidden
 from implementations.triton.mlp_trace import load_weights, store_weights, sum_5
 
 
@@ -110,9 +110,9 @@ def scan(
     chain = tl.program_id(0)
     batch, head = chain // heads, chain % heads
     f, d, m = tl.arange(0, F), tl.arange(0, D), tl.arange(0, M)
-    tile = f[:, None] * D + d[None, :]  # offsets in [F, D], [F, C] and [D, C]
-    hidden = f[:, None] * C + m[None, :]
-    row = d[:, None] * C + m[None, :]
+    tile = f[:, None] * D + d[None, :]  # offsets in [F, D], [F, M] and [D, M]
+    of_f = f[:, None] * M + m[None, :]
+    of_d = d[:, None] * M + m[None, :]
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = tl.load(shared.ln_weight + head * D + d)
     d_w1, d_b1, d_w2, d_b2 = load_weights(start, wide(chain), D)
@@ -123,27 +123,28 @@ def scan(
         column = (n % R) * M
         if column == C - M and n >= R:  # what the next chunk reads, while this one is computed
             ask_for_chunk(pulled, chunk - 1, D, C)
-        p_w2 = trace.w2 + (chunk * R + n % R) * D * F
+        slot = chunk * R + n % R
+        p_w2 = trace.w2 + slot * D * F
         if n > 0:
             ask_for(p_w2 - D * F, D * F // 64)
         if column == C - M:
             tl.store(walked.d_w1 + chunk * D * F + tile, nearest(d_w1, DTYPE))
             tl.store(walked.d_b1 + chunk * F + f, d_b1)
-        at_f, at_d = chunk * F * C + column, chunk * D * C + column
+        at_f, at_d = slot * F * M, slot * D * M
         token = chunk * C + column + m
         # All loads first: none waits behind a barrier.
         xk = load_tokens(inputs.xk, batch, head, first + n, M, D, D)
         lr = tl.load(token_pointers(inputs.lr, batch, head, first + n, M)).to(tl.float32)
         w2_rows = tl.load(p_w2 + tile)  # [F, D]
-        x2 = tl.load(pulled.x2 + at_f + hidden)  # [F, M]
-        g_z2 = tl.load(trace.g_z2 + at_d + row)  # [D, M]
-        d_x2 = tl.load(pulled.d_x2 + at_f + hidden)
-        d_g_z1 = tl.load(pulled.d_g_z1 + at_f + hidden)
-        slope = tl.load(pulled.slope + at_f + hidden)
-        curve = tl.load(pulled.curve + at_f + hidden)
-        d_g_z2 = tl.load(pulled.d_g_z2 + at_d + row)  # [D, M]
-        x_hat = tl.load(trace.x_hat + at_d + row)
-        p = tl.load(pulled.p + at_d + row)
+        x2 = tl.load(pulled.x2 + at_f + of_f)  # [F, M]
+        g_z2 = tl.load(trace.g_z2 + at_d + of_d)  # [D, M]
+        d_x2 = tl.load(pulled.d_x2 + at_f + of_f)
+        d_g_z1 = tl.load(pulled.d_g_z1 + at_f + of_f)
+        slope = tl.load(pulled.slope + at_f + of_f)
+        curve = tl.load(pulled.curve + at_f + of_f)
+        d_g_z2 = tl.load(pulled.d_g_z2 + at_d + of_d)  # [D, M]
+        x_hat = tl.load(trace.x_hat + at_d + of_d)
+        p = tl.load(pulled.p + at_d + of_d)
         rstd = tl.load(trace.rstd + token)
         mean_p = tl.load(pulled.mean_p + token)
         along_p = tl.load(pulled.along_p + token)
@@ -157,8 +158,8 @@ def scan(
         pulled2 = matmul(tl.trans(d_w2_start), x2, DTYPE, "ieee") + d_b2[:, None]  # [D, F] @ [F, M] -> [D, M]
         d_g_z2 -= eta_lr * pulled2
         d_g_z2 = matmul_add(tl.trans(w2_rows), d_g_x2, d_g_z2, DTYPE, "ieee")  # [D, F] @ [F, M] -> [D, M]
-        tl.store(walked.pulled2 + at_d + row, pulled2)
-        tl.store(walked.d_g_z2 + at_d + row, d_g_z2)
+        tl.store(walked.pulled2 + at_d + of_d, pulled2)
+        tl.store(walked.d_g_z2 + at_d + of_d, d_g_z2)
         d_x2 = d_x2.to(tl.float32)
         d_x2 = matmul_add(d_w2_start, -eta_lr * g_z2.to(tl.float32), d_x2, DTYPE, "ieee")  # [F, D] @ [D, M]
 
@@ -170,7 +171,7 @@ def scan(
         d_z1 = d_x2 * slope.to(tl.float32) + d_g_z1 * curve.to(tl.float32)
         d_b1 += tl.sum(d_z1, 1)
         d_z1 = nearest(d_z1, DTYPE)
-        tl.store(walked.d_z1 + at_f + hidden, d_z1)
+        tl.store(walked.d_z1 + at_f + of_f, d_z1)
         d_w1 = matmul_add(d_z1, xk, d_w1, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
         d_w2 = matmul_add(x2, tl.trans(d_z2), d_w2, DTYPE, "ieee")
         d_w2 = matmul_add(d_g_x2, tl.trans(g_z2), d_w2, DTYPE, "ieee")
@@ -204,10 +205,10 @@ def finish(
     through_w1 = tl.zeros([C, D], tl.float32)
     through_d_w1 = tl.zeros([C, D], tl.float32)
     for f in tl.range(0, F, BF, num_stages=STAGES):
-        _, g_z1 = inner(trace, chunk, f, BF, F, C)  # [BF, C]
-        d_z1 = load_hidden(walked.d_z1, chunk, f, BF, F, C)
-        w1 = load_hidden(trace.w1, chunk, f, BF, F, D)
-        d_w1 = load_hidden(walked.d_w1, chunk, f, BF, F, D)
+        _, g_z1 = inner(trace, chunk, f, BF, F, C, M)  # [BF, C]
+        d_z1 = load_hidden(walked.d_z1, chunk, f, BF, F, C, M)
+        w1 = load_hidden(trace.w1, chunk, f, BF, F, D, D)
+        d_w1 = load_hidden(walked.d_w1, chunk, f, BF, F, D, D)
         d_b1 = tl.load(walked.d_b1 + chunk * F + f + tl.arange(0, BF))
         along1 += tl.sum(g_z1.to(tl.float32) * d_b1[:, None], 0)
         p = matmul_add(tl.trans(d_z1), g_z1, p, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
@@ -225,7 +226,7 @@ def finish(
     along1 += tl.sum(xk.to(tl.float32) * through_d_w1, 1)
 
     # The inner gradient, second order.
-    across = chunk * D * C + d[None, :] * C + c[:, None]
+    across = tl.trans(hidden(chunk, 0, D, D, C, M))
     g_z2 = tl.load(trace.g_z2 + across).to(tl.float32)
     x_hat = tl.load(trace.x_hat + across)
     d_g_z2 = tl.load(walked.d_g_z2 + across)

@@ -35,7 +35,10 @@ class Weights(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What the recurrence leaves behind of one segment, in chunks of C tokens, C innermost; K chunks a chain."""
+    """What the recurrence leaves behind of one segment, in chunks of C tokens; K chunks a chain.
+
+    F C and D C stand for C/M F M and C/M D M: what a step of a walk reads and writes of a mini-batch lies together.
+    """
 
     z1: Any  # [B H K F C]
     g_x2: Any  # [B H K F C]
@@ -150,9 +153,9 @@ def recurrence(
     chain = tl.program_id(0)
     batch, head = chain // heads, chain % heads
     f, d, m = tl.arange(0, F), tl.arange(0, D), tl.arange(0, M)
-    tile = f[:, None] * D + d[None, :]  # offsets in [F, D], [F, C] and [D, C]
-    hidden = f[:, None] * C + m[None, :]
-    row = d[:, None] * C + m[None, :]
+    tile = f[:, None] * D + d[None, :]  # offsets in [F, D], [F, M] and [D, M]
+    of_f = f[:, None] * M + m[None, :]
+    of_d = d[:, None] * M + m[None, :]
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = tl.load(shared.ln_weight + head * D + d)[:, None]
     ln_bias = tl.load(shared.ln_bias + head * D + d)[:, None]
@@ -180,11 +183,12 @@ def recurrence(
         next_xk = load_tokens(inputs.xk, batch, head, ahead, M, D, D)
         next_xv = load_tokens(inputs.xv, batch, head, ahead, M, D, D)
         next_lr = tl.load(token_pointers(inputs.lr, batch, head, ahead, M))
-        at_f, at_d = chunk * F * C + column, chunk * D * C + column
+        slot = chunk * R + n % R
+        at_f, at_d = slot * F * M, slot * D * M
 
         z1 = matmul(w1_start, tl.trans(xk), DTYPE, "ieee") + b1[:, None]  # [F, D] @ [D, M] -> [F, M]
         x2, slope = gelu_first(z1)
-        tl.store(trace.z1 + at_f + hidden, nearest(z1, DTYPE))
+        tl.store(trace.z1 + at_f + of_f, nearest(z1, DTYPE))
         x2 = nearest(x2, DTYPE)
         z2 = matmul(w2_start, x2, DTYPE, "ieee") + b2[:, None]  # [D, F] @ [F, M] -> [D, M]
 
@@ -201,11 +205,11 @@ def recurrence(
         w2 = matmul_add(x2, tl.trans(SCALE * lr_g_z2), w2, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
         b2 += tl.sum(lr_g_z2, 1)
 
-        tl.store(trace.g_x2 + at_f + hidden, nearest(g_x2, DTYPE))
-        tl.store(trace.g_z2 + at_d + row, nearest(g_z2, DTYPE))
+        tl.store(trace.g_x2 + at_f + of_f, nearest(g_x2, DTYPE))
+        tl.store(trace.g_z2 + at_d + of_d, nearest(g_z2, DTYPE))
         if BACKWARD:
             token = chunk * C + column + m
-            tl.store(trace.x_hat + at_d + row, x_hat)
+            tl.store(trace.x_hat + at_d + of_d, x_hat)
             tl.store(trace.rstd + token, rstd)
         w1_start = nearest(w1, DTYPE)
         w2_start = tl.trans(nearest(w2, DTYPE))

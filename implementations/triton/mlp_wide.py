@@ -49,8 +49,8 @@ def _store_block(weights, at, f, w1, w2, BF: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _store_copy(p_w1, p_b1, p_w2, chunk, f, w1, b1, w2, BF: tl.constexpr, D: tl.constexpr):
     """The rounded weights, and b1 [BF], of a chunk."""
-    store_hidden(p_w1, w1, chunk, f, BF, 4 * D, D)
-    store_hidden(p_w2, w2, chunk, f, BF, 4 * D, D)
+    store_hidden(p_w1, w1, chunk, f, BF, 4 * D, D, D)
+    store_hidden(p_w2, w2, chunk, f, BF, 4 * D, D, D)
     tl.store(p_b1 + chunk * 4 * D + f + tl.arange(0, BF), b1)
 
 
@@ -92,11 +92,11 @@ def recurrence_wide(
         z2 = tl.zeros([D, M], tl.float32)
         tl.debug_barrier()  # the weights are there
         for f in tl.range(0, F, BF, num_stages=STAGES):
-            w1 = load_hidden(trace.w1, chunk, f, BF, F, D)
-            w2 = load_hidden(trace.w2, chunk, f, BF, F, D)
+            w1 = load_hidden(trace.w1, chunk, f, BF, F, D, D)
+            w2 = load_hidden(trace.w2, chunk, f, BF, F, D, D)
             b1 = tl.load(trace.b1 + chunk * F + f + tl.arange(0, BF))
             z1 = matmul(w1, tl.trans(xk), DTYPE, "ieee") + b1[:, None]  # [BF, D] @ [D, M] -> [BF, M]
-            store_hidden(trace.z1, z1, chunk, f, BF, F, M)
+            store_hidden(trace.z1, z1, chunk, f, BF, F, M, M)
             z2 = matmul_add(tl.trans(w2), gelu(z1), z2, DTYPE, "ieee")  # [D, BF] @ [BF, M] -> [D, M]
 
         target = tl.trans(xv.to(tl.float32) - xk.to(tl.float32))
@@ -115,7 +115,7 @@ def recurrence_wide(
             b1 = tl.load(trace.b1 + chunk * F + f + tl.arange(0, BF))
             x2, slope = gelu_first(matmul(w1, tl.trans(xk), DTYPE, "ieee") + b1[:, None])
             g_x2 = matmul(w2, g_z2, DTYPE, "ieee")  # [BF, D] @ [D, M] -> [BF, M]
-            store_hidden(trace.g_x2, g_x2, chunk, f, BF, F, M)
+            store_hidden(trace.g_x2, g_x2, chunk, f, BF, F, M, M)
             g_z1 = (-eta_last) * g_x2 * slope
             b1 += tl.sum(lr[None, :] * g_z1, 1)
             w1 = matmul_add(g_z1, lr_xk, w1, DTYPE, "ieee")  # [BF, M] @ [M, D] -> [BF, D]
@@ -160,13 +160,13 @@ def scan_wide(
         through_w2 = tl.zeros([D, M], tl.float32)
         tl.debug_barrier()  # the cotangents are there
         for f in tl.range(0, F, BF, num_stages=STAGES):
-            d_w1 = load_hidden(walked.d_w1, chunk, f, BF, F, D)
+            d_w1 = load_hidden(walked.d_w1, chunk, f, BF, F, D, D)
             d_b1 = tl.load(walked.d_b1 + chunk * F + f + tl.arange(0, BF))
-            d_w2 = load_hidden(walked.d_w2, chunk, f, BF, F, D)
-            w2 = load_hidden(trace.w2, chunk, f, BF, F, D)
-            x2 = load_hidden(pulled.x2, chunk, f, BF, F, M)
-            slope = load_hidden(pulled.slope, chunk, f, BF, F, M).to(tl.float32)
-            d_g_z1 = load_hidden(pulled.d_g_z1, chunk, f, BF, F, M).to(tl.float32)
+            d_w2 = load_hidden(walked.d_w2, chunk, f, BF, F, D, D)
+            w2 = load_hidden(trace.w2, chunk, f, BF, F, D, D)
+            x2 = load_hidden(pulled.x2, chunk, f, BF, F, M, M)
+            slope = load_hidden(pulled.slope, chunk, f, BF, F, M, M).to(tl.float32)
+            d_g_z1 = load_hidden(pulled.d_g_z1, chunk, f, BF, F, M, M).to(tl.float32)
             pulled1 = matmul(d_w1, tl.trans(xk), DTYPE, "ieee") + d_b1[:, None]  # [BF, D] @ [D, M] -> [BF, M]
             d_g_z1 -= eta_lr * pulled1
             pulled2 = matmul_add(tl.trans(d_w2), x2, pulled2, DTYPE, "ieee")  # [D, BF] @ [BF, M] -> [D, M]
@@ -188,22 +188,22 @@ def scan_wide(
         for f in tl.range(0, F, BF, num_stages=STAGES):
             d_w1, d_w2 = _load_block(end, own, f, BF, D)
             d_b1 = tl.load(walked.d_b1 + chunk * F + f + tl.arange(0, BF))
-            w2 = load_hidden(trace.w2, chunk, f, BF, F, D)
-            x2 = load_hidden(pulled.x2, chunk, f, BF, F, M)
-            slope = load_hidden(pulled.slope, chunk, f, BF, F, M).to(tl.float32)
-            d_g_z1 = load_hidden(pulled.d_g_z1, chunk, f, BF, F, M).to(tl.float32)
+            w2 = load_hidden(trace.w2, chunk, f, BF, F, D, D)
+            x2 = load_hidden(pulled.x2, chunk, f, BF, F, M, M)
+            slope = load_hidden(pulled.slope, chunk, f, BF, F, M, M).to(tl.float32)
+            d_g_z1 = load_hidden(pulled.d_g_z1, chunk, f, BF, F, M, M).to(tl.float32)
             d_g_z1 -= eta_lr * (matmul(d_w1, tl.trans(xk), DTYPE, "ieee") + d_b1[:, None])
-            d_x2 = load_hidden(pulled.d_x2, chunk, f, BF, F, M).to(tl.float32)
+            d_x2 = load_hidden(pulled.d_x2, chunk, f, BF, F, M, M).to(tl.float32)
             d_x2 = matmul_add(d_w2, lr_g_z2, d_x2, DTYPE, "ieee")  # [BF, D] @ [D, M] -> [BF, M]
             d_x2 = matmul_add(w2, d_z2, d_x2, DTYPE, "ieee")
-            d_z1 = d_x2 * slope + d_g_z1 * load_hidden(pulled.curve, chunk, f, BF, F, M).to(tl.float32)
+            d_z1 = d_x2 * slope + d_g_z1 * load_hidden(pulled.curve, chunk, f, BF, F, M, M).to(tl.float32)
             d_b1 += tl.sum(d_z1, 1) + tl.load(pulled.d_b1 + chunk * F + f + tl.arange(0, BF))
-            store_hidden(walked.d_z1, d_z1, chunk, f, BF, F, M)
+            store_hidden(walked.d_z1, d_z1, chunk, f, BF, F, M, M)
             d_w1 = matmul_add(d_z1, xk, d_w1, DTYPE, "ieee")  # [BF, M] @ [M, D] -> [BF, D]
             d_w2 = matmul_add(x2, tl.trans(d_z2), d_w2, DTYPE, "ieee")
             d_w2 = matmul_add(d_g_z1 * slope, tl.trans(g_z2), d_w2, DTYPE, "ieee")
-            d_w1 += load_hidden(pulled.d_w1, chunk, f, BF, F, D).to(tl.float32)
-            d_w2 += load_hidden(pulled.d_w2, chunk, f, BF, F, D).to(tl.float32)
+            d_w1 += load_hidden(pulled.d_w1, chunk, f, BF, F, D, D).to(tl.float32)
+            d_w2 += load_hidden(pulled.d_w2, chunk, f, BF, F, D, D).to(tl.float32)
             _store_block(end, own, f, d_w1, d_w2, BF, D)
             if n > 0:
                 _store_copy(walked.d_w1, walked.d_b1, walked.d_w2, chunk - 1, f, d_w1, d_b1, d_w2, BF, D)
