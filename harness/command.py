@@ -251,7 +251,8 @@ def _proof(options: argparse.Namespace) -> int:
 
 def _cells(options: argparse.Namespace, passes: list[str] | None = None) -> list[grid.Cell]:
     names = "implementations", "cases", "inner_models", "dtypes", "matmul_precisions", "tokens", "mini_batches"
-    return grid.load(options.grid, {name: getattr(options, name) for name in names} | {"passes": passes})
+    overrides = {name: getattr(options, name) for name in names} | {"passes": passes}
+    return grid.load(options.grid, overrides, options.only_cases)
 
 
 def _open(options: argparse.Namespace) -> tuple[Path, Settings]:
@@ -262,7 +263,9 @@ def _open(options: argparse.Namespace) -> tuple[Path, Settings]:
         _load(folder / name, kind)  # refuses what could not be added to, before any work
     left_out = "command", "results", "compiled", "verbose"
     arguments = {name: value for name, value in vars(options).items() if name not in left_out}
-    environment.save(folder, stamp, {"command": options.command.__name__.strip("_")} | arguments)
+    arguments["grid"] = Path(options.grid).name  # where it lay is this machine's
+    if not getattr(options, "status", False):  # which measures nothing
+        environment.save(folder, stamp, {"command": options.command.__name__.strip("_")} | arguments)
     return folder, Settings(stamp, options.seed, options.jobs or Settings.jobs, options.timeout, options.compiled)
 
 
@@ -314,6 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--implementations", type=_names, metavar="A,B", help="keys or folders: torch.eager,jax")
     common.add_argument("--cases", type=_names, metavar="A,B", help="case names or group:small|size|stress|named")
+    common.add_argument("--only-cases", type=_names, metavar="A,B", help="of the grid's cells those of these cases")
     common.add_argument("--tokens", type=_integers, metavar="T,T", help="in place of the cases' own T")
     common.add_argument("--mini-batches", type=_integers, metavar="M,M", help="in place of the cases' own M")
     common.add_argument("--inner-models", type=_names, metavar="A,B", help="linear,mlp")

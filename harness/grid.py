@@ -5,7 +5,8 @@ A block lists `cases` (names or `group:small`, with `:one-lr` at the end as in `
 or `all_but` (implementations to leave out). Grids ship in `harness/grids/`; a path to another TOML file works too.
 
 The command line replaces an axis in every block. Cases that it names come in their own sizes, since a block's sizes
-are meant for the block's cases; `--tokens` and `--mini-batches` say others.
+are meant for the block's cases; `--tokens` and `--mini-batches` say others. `--only-cases` leaves the blocks as they
+are, and of their cells those of the named cases.
 """
 
 from __future__ import annotations
@@ -90,11 +91,13 @@ class Block:
                 yield _resized(case, tokens, mini_batch)
 
 
-def load(grid: str, overrides: Mapping[str, Sequence[Any] | None]) -> list[Cell]:
+def load(
+    grid: str, overrides: Mapping[str, Sequence[Any] | None], only_cases: Sequence[str] | None = None
+) -> list[Cell]:
     """The cells of a grid, each once; `overrides` replaces an axis in every block, `cases` the sizes with it.
 
     Raises:
-        ValueError: there is no such grid, it is not TOML, or it names something unknown.
+        ValueError: there is no such grid, it is not TOML, or it names something unknown; it has none of `only_cases`.
     """
     path = Path(grid) if grid.endswith(".toml") else Path(str(files("harness") / "grids" / f"{grid}.toml"))
     if not path.is_file():
@@ -128,7 +131,11 @@ def load(grid: str, overrides: Mapping[str, Sequence[Any] | None]) -> list[Cell]
             raise ValueError(f"{path.name}, block {number}: {error}") from None
     if not cells:
         raise ValueError(f"{path.name}: expected at least one cell, none is left of {_text(given)}")
-    return list(cells.values())
+    names = list(dict.fromkeys(cell.case.name for cell in cells.values()))
+    for name in only_cases or ():
+        if name not in names:
+            raise ValueError(f"{path.name}: {unknown('case', name, names)}")
+    return [cell for cell in cells.values() if only_cases is None or cell.case.name in only_cases]
 
 
 def _text(given: Mapping[str, Any]) -> str:

@@ -72,6 +72,23 @@ def test_overrides_replace_an_axis_in_every_block(grid):
     assert found == {("stress-tiny", "mlp", "bf16", ("forward",))}
 
 
+def test_only_cases_leave_the_blocks_as_they_are(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("""
+        [[block]]
+        cases = ["size-d16", "stress-tiny"]
+        implementations = ["jax.scan"]
+        [[block]]
+        cases = ["stress-tiny"]
+        implementations = ["torch.eager"]
+    """)
+    for name, keys in (("size-d16", {"jax.scan"}), ("stress-tiny", {"jax.scan", "torch.eager"})):
+        cells = load(str(path), {}, [name])
+        assert {(cell.case.name, cell.entry.key) for cell in cells} == {(name, key) for key in keys}
+    with pytest.raises(ValueError, match=r"^mine.toml: unknown case 'stress-tony' \(did you mean stress-tiny\?\)"):
+        load(str(path), {}, ["stress-tony"])
+
+
 def test_tf32_is_of_fp32_only(grid):
     text = '[[block]]\ncases = ["size-d16"]\nimplementations = ["torch.eager"]\ninner_models = ["linear"]\n'
     cells = grid(text + 'matmul_precisions = ["ieee", "tf32"]')
