@@ -99,6 +99,23 @@ def interpreted(code: str, interpret: str = "1") -> list[str]:
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype, added", [("fp32", True), ("bf16", False)])
+def test_a_product_in_fp32_is_summed_before_it_is_added(dtype, added):
+    """On a GPU, that is; Triton would start the product from what it is added to, and the interpreter does not tell."""
+    code = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tests.kernels.apart import sums
+signature = dict(p_a="*{dtype}", p_b="*{dtype}", p_c="*fp32", HOW="constexpr")
+for how in ("matmul", "matmul_add", "dot")[: {3 if added else 2}]:
+    compiled = triton.compile(ASTSource(sums, signature, dict(HOW=how)), target=GPUTarget("cuda", 90, 32))
+    print(compiled.asm["ttgir"].count("tt.dot"), "arith.addf" in compiled.asm["ttgir"])
+"""
+    assert interpreted(code, "0") == [f"1 {added}"] * (3 if added else 2)
+
+
+@needs_triton
 def test_what_is_saved_changes_no_bit():
     code = """
 results = []

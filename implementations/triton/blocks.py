@@ -38,16 +38,29 @@ def nearest(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def dot_apart(a, b):
+    """a @ b in IEEE fp32, summed by itself, also where it is added to something: c + a @ b rounds c once.
+
+    Triton turns c + dot(a, b) into a dot that starts from c, and so rounds c for every row of b: twice the error in
+    sums over a long chain. It leaves a dot alone that asks for partial sums, which a product in fp32 does not have.
+    """
+    return tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
+
+
+@triton.jit
 def matmul(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """a @ b: operands rounded to DTYPE, sums in fp32."""
-    return tl.dot(nearest(a, DTYPE), nearest(b, DTYPE), input_precision=PRECISION)
+    if DTYPE.is_fp32() and PRECISION == "ieee":
+        return dot_apart(nearest(a, DTYPE), nearest(b, DTYPE))
+    else:
+        return tl.dot(nearest(a, DTYPE), nearest(b, DTYPE), input_precision=PRECISION)
 
 
 @triton.jit
 def matmul_add(a, b, c, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """c + a @ b, summed where c is; in fp32 that would round c once for every row of b."""
-    if DTYPE.is_fp32():
-        c += tl.dot(a, b, input_precision=PRECISION)
+    """c + a @ b, summed where c is, but in IEEE fp32."""
+    if DTYPE.is_fp32() and PRECISION == "ieee":
+        c += dot_apart(a, b)
     else:
         c = tl.dot(nearest(a, DTYPE), nearest(b, DTYPE), c, input_precision=PRECISION)
     return c

@@ -16,6 +16,8 @@ import math
 import triton
 import triton.language as tl
 
+from implementations.triton.blocks import dot_apart
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _SCALE = tl.constexpr(2 * math.sqrt(2 / math.pi))
 _EXPONENT = tl.constexpr(-2 * math.sqrt(2 / math.pi) / math.log(2))
@@ -56,8 +58,11 @@ def _operand(x, MATMUL: tl.constexpr):
 @triton.jit
 def dot(a, b, MATMUL: tl.constexpr):
     """Matrix product: operands rounded to the problem's dtype, fp32 sums."""
-    PRECISION: tl.constexpr = "tf32" if MATMUL == "tf32" else "ieee"
-    return tl.dot(_operand(a, MATMUL), _operand(b, MATMUL), input_precision=PRECISION)
+    if MATMUL == "ieee":
+        return dot_apart(_operand(a, MATMUL), _operand(b, MATMUL))
+    else:
+        PRECISION: tl.constexpr = "tf32" if MATMUL == "tf32" else "ieee"
+        return tl.dot(_operand(a, MATMUL), _operand(b, MATMUL), input_precision=PRECISION)
 
 
 @triton.jit
