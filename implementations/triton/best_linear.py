@@ -1,18 +1,16 @@
 """`triton.best` for TTT-Linear: which variant solves a problem.
 
-`split_linear` wherever products run on tensor cores. On one H100 in bf16, ms of a forward / of forward and backward,
-development runs of 2026-11-24:
+`split_linear` wherever products run on tensor cores. On one H100 in bf16, ms of a forward / of forward and backward:
 
                   split_linear     ttt_linear
-    lm-1.3b       0.165 / 0.84     0.217 / 1.34
-    lm-1.3b-long   1.91 / 5.4      4.5 / 20.5 (an earlier run)
-    video-5b       0.61 / 2.3      0.77 / 7.3
-    lm-1.3b-m64   0.163 / 0.77     0.128 / 2.0 (an earlier run)
+    lm-1.3b       0.175 / 0.84     0.217 / 1.27
+    lm-1.3b-long   1.92 / 5.43      4.5 / 20.5 (an earlier run)
+    video-5b       0.60 / 2.26     0.77 / 7.1
+    lm-1.3b-m64   0.163 / 0.77     0.128 / 2.0 (development runs)
 
-Those of lm-1.3b-long and video-5b with backward are of a setting that had one more event between two streams, and a
-slower forward of video-5b (0.69). A forward alone of a short chain of large mini-batches is faster in one kernel, but
-what it saves is of no use to the other's backward. In IEEE fp32 the products themselves take the time, and one kernel
-is faster (38 against 53 ms forward and backward, an earlier run), and its d_w1 nearer.
+A forward alone of a short chain of large mini-batches is faster in one kernel, but what it saves is of no use to the
+other's backward. In IEEE fp32 the products themselves take the time, and one kernel is faster (38 against 53 ms forward
+and backward, an earlier run).
 
 The names of the kernels say which variant ran, those of `split_linear` begin with `split_`; a sweep's row lists them.
 """
