@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -91,7 +91,7 @@ def of_yardstick(cell: Cell) -> Cell:
 def run(
     groups: list[list[Cell]], settings: Settings, known: Known = MappingProxyType({})
 ) -> Iterator[tuple[Cell, list[ParityRow]]]:
-    """Check every cell and yield its rows; the cells of a group come together, a group as soon as it is done.
+    """Check every cell and yield its rows, as soon as it and the yardstick of its group are done.
 
     `known` has the rows of the yardstick for groups without it.
     """
@@ -100,13 +100,30 @@ def run(
         waiting = iter(groups)
         for group in itertools.islice(waiting, _GROUPS[settings.stamp.device]):
             runner.start(group)
-        for _ in groups:
-            group, results = runner.next_done()
-            yardstick = results.get(rule.YARDSTICK) or known[group[0].case.name, group[0].problem]
-            for cell in group:
-                yield cell, _rows(cell, results[cell.entry.key], yardstick, settings)
-            for another in itertools.islice(waiting, 1):
-                runner.start(another)
+        for _ in range(sum(map(len, groups))):
+            work, cell, result = runner.next_done()
+            work.done.append((cell, result))
+            if cell.entry.key == rule.YARDSTICK:
+                work.yardstick = result
+            yardstick = work.yardstick or known.get((cell.case.name, cell.problem))
+            if yardstick is not None:
+                yield from ((cell, _rows(cell, result, yardstick, settings)) for cell, result in work.done)
+                work.done.clear()
+            work.left -= 1
+            if work.left == 0:
+                shutil.rmtree(work.folder)
+                for another in itertools.islice(waiting, 1):
+                    runner.start(another)
+
+
+@dataclass
+class _Group:
+    """Cells of one problem at work: the folder with their truth, how many are left, what waits for the yardstick."""
+
+    folder: Path
+    left: int
+    done: list[tuple[Cell, list[TensorCheck] | Failure]] = field(default_factory=list)
+    yardstick: list[TensorCheck] | Failure | None = None
 
 
 class _Runner:
@@ -117,7 +134,7 @@ class _Runner:
         name = f"{_PREFIX}{os.getpid()}-"
         self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=name, dir=_memory())))
         self._room = _Room(settings.jobs, DEVICE_BYTES)
-        self._finished: queue.SimpleQueue[tuple[list[Cell], Path, list[Future]]] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[tuple[_Group, Cell, Future]] = queue.SimpleQueue()
         self._lanes: dict[str, _Lane] = {}
         self._environment = CPU_ENVIRONMENT
         if settings.stamp.device == "cuda":
@@ -131,26 +148,21 @@ class _Runner:
         reasons = [cell.entry.unsupported(cell.problem, self.settings.stamp.device) for cell in group]
         runnable = not all(reasons)
         truth = self._submit(None, self._compute, group[0], folder) if runnable else _done(None)
-        checks = [
-            _done(Failure("unsupported", reason))
-            if reason
-            else self._submit(cell.entry, self._check, cell, folder, truth)
-            for cell, reason in zip(group, reasons, strict=True)
-        ]
-        left = itertools.count(len(checks) - 1, -1)
+        work = _Group(folder, len(group))
+        for cell, reason in zip(group, reasons, strict=True):
+            if reason:
+                check = _done(Failure("unsupported", reason))
+            else:
+                check = self._submit(cell.entry, self._check, cell, folder, truth)
+            check.add_done_callback(functools.partial(self._one_done, work, cell))
 
-        def one_done(_: Future) -> None:
-            if next(left) == 0:
-                self._finished.put((group, folder, checks))
+    def _one_done(self, work: _Group, cell: Cell, check: Future) -> None:
+        self._finished.put((work, cell, check))
 
-        for check in checks:
-            check.add_done_callback(one_done)
-
-    def next_done(self) -> tuple[list[Cell], dict[str, list[TensorCheck] | Failure]]:
-        """Wait for a group: its cells, and the checks of each, or the `Failure` that there are none."""
-        group, folder, checks = self._finished.get()
-        shutil.rmtree(folder)
-        return group, {cell.entry.key: check.result() for cell, check in zip(group, checks, strict=True)}
+    def next_done(self) -> tuple[_Group, Cell, list[TensorCheck] | Failure]:
+        """Wait for a cell: its checks, or the `Failure` that there are none."""
+        work, cell, check = self._finished.get()
+        return work, cell, check.result()
 
     def _compute(self, worker: Worker, cell: Cell, folder: Path) -> Failure | None:
         arguments = cell.case, cell.problem, self.settings.seed, self.settings.stamp.device, folder

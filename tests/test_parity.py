@@ -95,6 +95,21 @@ def test_a_group_is_yielded_when_it_is_done_and_no_file_is_left(monkeypatch, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cell_is_yielded_before_its_group_is_done(monkeypatch):
+    class Slow(Calls):
+        def call(self, function, *arguments, timeout):
+            self.seconds = 1.0 if "torch.autograd" in str(arguments) else 0.0
+            return super().call(function, *arguments, timeout=timeout)
+
+    monkeypatch.setattr(parity, "Worker", lambda environment: Slow(0))
+    entries = [implementations()[key] for key in ("torch.autograd", "jax.scan", "torch.eager")]
+    group = [cell._replace(entry=entry) for (cell,) in cells_of("size-d16") for entry in entries]
+    started, found = time.monotonic(), {}
+    for cell, _ in parity.run([group], SETTINGS):
+        found[cell.entry.key] = time.monotonic() - started
+    assert len(found) == 3 and max(found["jax.scan"], found["torch.eager"]) < 0.8 <= found["torch.autograd"]
+
+
 def test_what_takes_more_of_the_memory_has_less_beside_it():
     room, most, now, lock = parity._Room(4, 100), 0, 0, threading.Lock()
 
