@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -84,10 +85,12 @@ def reproduce(finding: Finding) -> tuple[dict[str, Any], str | None]:
     """What its function measures, and why it did not if it did not."""
     command = [sys.executable, "-m", "harness.findings_runs", finding.name]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=environment.ROOT)
-    last = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()][-1:]
-    if done.returncode != 0 or not last:
-        return {}, f"did not run (exit code {done.returncode}): {last[0] if last else 'no output'}"
-    return json.loads(last[0]), None
+    lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
+    if done.returncode != 0 or not lines:
+        # An exception may have lines of advice behind it.
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        return {}, f"did not run (exit code {done.returncode}): {[*lines, *errors][-1] if lines else 'no output'}"
+    return json.loads(lines[-1]), None
 
 
 def render(findings: Sequence[Finding], measured: Mapping[str, Any]) -> str:
