@@ -69,16 +69,20 @@ def _parity(options: argparse.Namespace) -> int:
     cells = _cells(options)
     folder, settings = _open(options)
     path = folder / "parity.csv"
-    known = sweep.known_yardsticks(cells, latest(_load(path, ParityRow)), settings)
-    groups = parity.with_yardstick(cells, known)
+    rows = latest(_load(path, ParityRow))
+    to_check = sweep.missing(cells, rows, settings) if options.missing else cells
+    known = sweep.known_yardsticks(to_check, rows, settings)
+    groups = parity.with_yardstick(to_check, known)
     done: list[ParityRow] = []
     with _progress() as bar:
         task = bar.add_task("parity", total=sum(map(len, groups)))
-        for cell, rows in parity.run(groups, settings, known):
-            records.append(path, rows)
-            done += rows
+        for cell, found in parity.run(groups, settings, known):
+            records.append(path, found)
+            done += found
             bar.update(task, advance=1, description=f"{cell.case.name} {cell.problem.dtype}")
     _finish(path, ParityRow)
+    if options.missing:
+        done = sweep.of_cells(_load(path, ParityRow), cells, settings.stamp.device)
     console.print(summary.parity_table(done))
     for line in summary.parity_failures(done):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -334,6 +338,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("parity", parents=[common], help="hold implementations to the float64 oracle")
     command.add_argument("--grid", default="parity", metavar="NAME|FILE.toml")
+    command.add_argument("--missing", action="store_true", help="check what has no rows of this code on this machine")
     command.set_defaults(command=_parity)
 
     command = commands.add_parser("sweep", parents=[common], help="time the implementations that are right")

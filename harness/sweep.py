@@ -60,11 +60,16 @@ class Protocol:
     ceilings: Ceilings | None = None
 
 
-def unchecked(cells: Iterable[Cell], rows: Iterable[ParityRow], settings: Settings) -> list[Cell]:
-    """The cells that can run and have no parity rows of this code on this machine and seed."""
+def missing(cells: Iterable[Cell], rows: Iterable[ParityRow], settings: Settings) -> list[Cell]:
+    """The cells that have no parity rows of this code on this machine and seed."""
     known = {_cell_key(row) for row in rows if row.seed == settings.seed and _is_current(row, settings.stamp)}
+    return [cell for cell in cells if _cell_key_of(cell, settings.stamp) not in known]
+
+
+def unchecked(cells: Iterable[Cell], rows: Iterable[ParityRow], settings: Settings) -> list[Cell]:
+    """Those of them that can be timed."""
     can_run = (cell for cell in cells if not cell.entry.untimed(cell.problem, settings.stamp.device))
-    return [cell for cell in can_run if _cell_key_of(cell, settings.stamp) not in known]
+    return missing(can_run, rows, settings)
 
 
 def known_yardsticks(cells: Iterable[Cell], rows: Iterable[ParityRow], settings: Settings) -> parity.Known:

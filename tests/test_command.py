@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import records
+from harness import parity, records
 from harness.command import main
 from harness.rows import ParityRow, SweepRow
 from spec.problem import INNER_MODELS, PASSES
@@ -37,6 +37,18 @@ def test_parity_of_what_is_right_and_of_what_is_not_there(tmp_path, capsys):
     assert {"parity.csv", "parity_matrix.png", "environment.json"} == {path.name for path in tmp_path.glob("[!.]*")}
     said = capsys.readouterr().out
     assert "has no" in said and "28/28" in said
+
+
+def test_parity_of_what_is_missing_leaves_out_what_has_rows(tmp_path, monkeypatch, capsys):
+    arguments = ["parity", *TINY, "--results", str(tmp_path), "--missing"]
+    groups, run = [], parity.run
+    monkeypatch.setattr(parity, "run", lambda given, *others: groups.append(given) or run(given, *others))
+    for key, checked in (("torch.autograd", [2]), ("torch.autograd,jax.scan", [1]), ("torch.autograd,jax.scan", [])):
+        assert main([*arguments, "--implementations", key]) == 0
+        assert [len(group) for group in groups[-1]] == checked
+    assert "jax.scan" in capsys.readouterr().out.rpartition("implementation")[2]  # the last table has all of them
+    rows = records.load(tmp_path / "parity.csv", ParityRow)
+    assert {row.implementation for row in rows} == {"torch.eager", "torch.autograd", "jax.scan"} and len(rows) == 36
 
 
 def test_parity_of_what_is_wrong_says_where(ours, tmp_path):
