@@ -119,10 +119,13 @@ def _products(framework: Framework) -> dict[str, float]:
 
 
 def _steps(framework: Framework, steps: list[tuple[InnerModel, int]]) -> dict[str, float]:
-    return {
-        _step_key(*step): min(_median_s(framework, call) for call in calls) / STEPS * 1e6
-        for step, calls in _calls(steps).items()
-    }
+    found = {}
+    for step, calls in _calls(steps).items():
+        try:
+            found[_step_key(*step)] = min(_median_s(framework, call) for call in calls) / STEPS * 1e6
+        except Exception as error:  # without this floor the sweep is still worth running
+            _not_measured(*step, error)
+    return found
 
 
 def _calls(steps: list[tuple[InnerModel, int]]) -> dict[tuple[InnerModel, int], list[Any]]:
@@ -133,16 +136,20 @@ def _calls(steps: list[tuple[InnerModel, int]]) -> dict[tuple[InnerModel, int], 
         logger.warning("the latency of a step is not measured: %s", error)
         return {}
     found = {}
-    for inner_model, head_dim in steps:
+    for step in steps:
         try:
-            calls = list(chain.calls(inner_model, head_dim, STEPS))
+            calls = list(chain.calls(*step, STEPS))
             for call in calls:
                 call()
-        except Exception as error:  # a compiler's: without the floor the sweep is still worth running
-            logger.warning("the latency of a step of %s, D %d, is not measured: %s", inner_model, head_dim, error)
+        except Exception as error:  # a compiler's
+            _not_measured(*step, error)
             continue
-        found[inner_model, head_dim] = calls
+        found[step] = calls
     return found
+
+
+def _not_measured(inner_model: InnerModel, head_dim: int, error: Exception) -> None:
+    logger.warning("the latency of a step of %s, D %d, is not measured: %s", inner_model, head_dim, error)
 
 
 def _step_key(inner_model: InnerModel, head_dim: int) -> str:

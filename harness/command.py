@@ -321,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--implementations", type=_names, metavar="A,B", help="keys or folders: torch.eager,jax")
     common.add_argument("--cases", type=_names, metavar="A,B", help="case names or group:small|size|stress|named")
-    common.add_argument("--only-cases", type=_names, metavar="A,B", help="of the grid's cells those of these cases")
+    common.add_argument("--only-cases", type=_names, metavar="A,B", help="of the grid's cells those of exactly these")
     common.add_argument("--tokens", type=_integers, metavar="T,T", help="in place of the cases' own T")
     common.add_argument("--mini-batches", type=_integers, metavar="M,M", help="in place of the cases' own M")
     common.add_argument("--inner-models", type=_names, metavar="A,B", help="linear,mlp")

@@ -8,8 +8,8 @@ first and after the last is not. Without CUPTI, PyTorch is timed by CUDA events 
 
 A call of several kernels may wait for its launches, tens of microseconds each on a slow host. PyTorch's calls are
 therefore queued behind a kernel that spins, which is left out: when it ends the launches are there, and the gaps that
-are left are the device's. A call whose launches were not there by then is made again behind a longer one. JAX gives
-nothing to put in front of a call; its launches come from C++.
+are left are the device's. A block of calls in which one's launches were not there by then is made again behind a longer
+one, up to `MOST_LEAD_MS`. JAX gives nothing to put in front of a call; its launches come from C++.
 
 Recording costs the host some microseconds a launch, so a call that waits for its launches all the same takes longer
 while it is recorded. The host's time is therefore taken from calls that are not recorded, and it bounds the device's.
@@ -214,23 +214,16 @@ class _Lead:
     def of(
         self, calls: Sequence[Callable[[], Any]], time_them: Callable[[list[Callable[[], Any]]], list[tuple[Any, bool]]]
     ) -> list[Any]:
-        """What `time_them` gives of each call; a call that was not in time is made again, where a longer lead is left.
+        """What `time_them` gives of each call; if one was late, all are made again, where a longer lead is left.
 
-        A host that was slow once, or slower than when it was asked, would otherwise show as a gap between kernels.
+        A host that was slow once, or slower than when it was asked, would otherwise show as a gap between kernels. All,
+        since the caches are meant to be as they are between these calls. With the longest lead a late call counts too.
         """
-        found: dict[int, Any] = {}
-        left = list(range(len(calls)))
-        while left:
-            at_most = self.seconds >= MOST_LEAD_MS / 1e3
-            late = []
-            for number, (value, in_time) in zip(left, time_them([calls[number] for number in left]), strict=True):
-                found[number] = value
-                if not in_time and not at_most:
-                    late.append(number)
-            if late:
-                self.seconds = min(2 * self.seconds, MOST_LEAD_MS / 1e3)
-            left = late
-        return [found[number] for number in range(len(calls))]
+        while True:
+            timed = time_them(list(calls))
+            if all(in_time for _, in_time in timed) or self.seconds >= MOST_LEAD_MS / 1e3:
+                return [value for value, _ in timed]
+            self.seconds = min(2 * self.seconds, MOST_LEAD_MS / 1e3)
 
 
 class _Recorder:

@@ -78,9 +78,13 @@ def with_yardstick(cells: Iterable[Cell], known: Known = MappingProxyType({})) -
     for cell in cells:
         groups.setdefault((cell.case.name, cell.problem), []).append(cell)
     for key, group in groups.items():
-        if key not in known and all(cell.entry.key != rule.YARDSTICK for cell in group):
+        if key not in known and not _has_yardstick(group):
             group.insert(0, of_yardstick(group[0]))
     return list(groups.values())
+
+
+def _has_yardstick(group: list[Cell]) -> bool:
+    return any(cell.entry.key == rule.YARDSTICK for cell in group)
 
 
 def of_yardstick(cell: Cell) -> Cell:
@@ -105,7 +109,7 @@ def run(
             work.done.append((cell, result))
             if cell.entry.key == rule.YARDSTICK:
                 work.yardstick = result
-            yardstick = work.yardstick or known.get((cell.case.name, cell.problem))
+            yardstick = work.yardstick if work.has_yardstick else known[cell.case.name, cell.problem]
             if yardstick is not None:
                 yield from ((cell, _rows(cell, result, yardstick, settings)) for cell, result in work.done)
                 work.done.clear()
@@ -122,8 +126,9 @@ class _Group:
 
     folder: Path
     left: int
+    has_yardstick: bool
     done: list[tuple[Cell, list[TensorCheck] | Failure]] = field(default_factory=list)
-    yardstick: list[TensorCheck] | Failure | None = None
+    yardstick: list[TensorCheck] | Failure | None = None  # once it is done
 
 
 class _Runner:
@@ -148,7 +153,7 @@ class _Runner:
         reasons = [cell.entry.unsupported(cell.problem, self.settings.stamp.device) for cell in group]
         runnable = not all(reasons)
         truth = self._submit(None, self._compute, group[0], folder) if runnable else _done(None)
-        work = _Group(folder, len(group))
+        work = _Group(folder, len(group), _has_yardstick(group))
         for cell, reason in zip(group, reasons, strict=True):
             if reason:
                 check = _done(Failure("unsupported", reason))

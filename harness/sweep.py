@@ -38,6 +38,7 @@ from harness.worker import Failure, Worker
 from implementations.registry import Device
 from spec.cost import bytes_min, flops, working_bytes
 from spec.problem import PASSES, Pass
+from spec.tensors import INPUTS, OUTPUTS
 
 ROUNDS = (2, 3)  # at least, in all processes together; at most, in each: fewer of what is slow
 PROCESS_SECONDS = 0.5  # for all of a process's rounds, if that is more than the fewest
@@ -61,9 +62,19 @@ class Protocol:
 
 
 def missing(cells: Iterable[Cell], rows: Iterable[ParityRow], settings: Settings) -> list[Cell]:
-    """The cells that have no parity rows of this code on this machine and seed."""
-    known = {_cell_key(row) for row in rows if row.seed == settings.seed and _is_current(row, settings.stamp)}
-    return [cell for cell in cells if _cell_key_of(cell, settings.stamp) not in known]
+    """The cells that have no parity rows of this code on this machine and seed.
+
+    What could not run then has none if it can now; the code is that of the implementation and of `spec/`.
+    """
+    rows = [row for row in rows if (row.seed, row.fingerprint) == (settings.seed, settings.stamp.fingerprint)]
+    known = {_cell_key(row) for row in rows if row.status in _FINAL}
+    said = {_cell_key(row) for row in rows}
+
+    def is_known(cell: Cell) -> bool:
+        key = _cell_key_of(cell, settings.stamp)
+        return key in known or (key in said and cell.entry.unsupported(cell.problem, settings.stamp.device) is not None)
+
+    return [cell for cell in cells if not is_known(cell)]
 
 
 def unchecked(cells: Iterable[Cell], rows: Iterable[ParityRow], settings: Settings) -> list[Cell]:
@@ -81,7 +92,8 @@ def known_yardsticks(cells: Iterable[Cell], rows: Iterable[ParityRow], settings:
     known = {}
     for cell in cells:
         found = by_cell.get(_cell_key_of(parity.of_yardstick(cell), settings.stamp))
-        if found and all(row.status == "ok" for row in found):
+        tensors = len(INPUTS[cell.problem.inner_model]._fields) + len(OUTPUTS[cell.problem.inner_model]._fields)
+        if found and len({row.tensor for row in found if row.status == "ok"}) == tensors:
             known[cell.case.name, cell.problem] = found
     return known
 
