@@ -3,7 +3,7 @@
 `split_linear` wherever products run on tensor cores. On one H100 in bf16, ms of a forward / of forward and backward:
 
                   split_linear     ttt_linear
-    lm-1.3b       0.175 / 0.84     0.217 / 1.27
+    lm-1.3b       0.176 / 0.84     0.217 / 1.27
     lm-1.3b-long   1.92 / 5.43      4.5 / 20.5 (an earlier run)
     video-5b       0.60 / 2.26     0.77 / 7.1
     lm-1.3b-m64   0.163 / 0.77     0.128 / 2.0 (development runs)
