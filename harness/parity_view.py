@@ -10,14 +10,14 @@ from pathlib import Path
 import pandas
 
 from harness.leaderboard import PRECISIONS, precision
-from harness.plot_parity import WorstCell, ratio_text, tensors_of, worst_cells
-from harness.plot_style import by_precision, read
+from harness.plot_parity import EARLIER, WorstCell, parity_rows, ratio_text, tensors_of, worst_cells
+from harness.plot_style import by_precision
 from harness.rows import ParityRow
 
 
 @dataclass(frozen=True)
 class MatrixCell:
-    """A `WorstCell` as text; `level` is 0 to 2, from far below the limit up to it."""
+    """A `WorstCell` as text, starred if of earlier code; `level` is 0 to 2, from far below the limit up to it."""
 
     label: str
     kind: str
@@ -54,7 +54,7 @@ def matrices(folder: Path) -> list[Matrix]:
     Raises:
         ValueError: there is no such file or no row in it.
     """
-    table = read(folder, "parity.csv")
+    table = parity_rows(folder)
     return [_matrix(table, "tensor", tensors_of(table)), _matrix(table, "case", sorted(table["case"].unique()))]
 
 
@@ -98,4 +98,5 @@ def _cell(label: str, cell: WorstCell) -> MatrixCell:
         "none": "–",
     }
     level = sum(cell.ratio >= limit for limit in (0.1, 0.5))
-    return MatrixCell(label, cell.kind, texts.get(cell.kind, number), level)
+    text = texts.get(cell.kind, number) + (EARLIER if cell.earlier else "")
+    return MatrixCell(label, cell.kind, text, level)

@@ -19,6 +19,7 @@ from spec.tensors import MlpInputs, MlpOutputs
 
 TENSORS = [*MlpOutputs._fields, *(f"d_{name}" for name in MlpInputs._fields)]
 AMBER = (0.98, 0.88, 0.62, 1.0)
+EARLIER = "*"
 NORM = LogNorm(0.01, 100)  # centred at 1, where the colour jumps: allowed on the blue side, not on the other
 COLOURS = ListedColormap(
     [*seaborn.color_palette("Blues_r", 160)[24:120], *seaborn.color_palette("OrRd", 160)[56:152]], "allowed"
@@ -27,7 +28,7 @@ COLOURS = ListedColormap(
 
 def parity_matrix(folder: Path) -> Path:
     """Implementation x tensor, coloured by the worst error ratio over all cases, one panel for each precision."""
-    table = read(folder, "parity.csv")
+    table = parity_rows(folder)
     names, precisions = sorted(table["implementation"].unique()), by_precision(table)
     tensors = tensors_of(table)
     height = 1.9 + len(precisions) * (0.7 + 0.29 * len(names))
@@ -49,15 +50,30 @@ def parity_matrix(folder: Path) -> Path:
         Patch(facecolor=GREY, label="–  unsupported"),
         Patch(facecolor="white", edgecolor="#bbbbbb", label="not run"),
     ]
-    figure.legend(handles=marks, loc="outside lower right", frameon=False, ncols=3, fontsize=9)
+    if any(cell.earlier for cell in drawn):
+        marks.append(Patch(facecolor="none", label=f"{EARLIER}  by older code"))
+    figure.legend(handles=marks, loc="outside lower right", frameon=False, ncols=len(marks), fontsize=9)
     return save(figure, folder / "parity_matrix.png", f"Parity with the truth: {_verdict(drawn)}")
+
+
+def parity_rows(folder: Path) -> pandas.DataFrame:
+    """The rows of `parity.csv`, with `earlier`: there are later ones of the same implementation with another source.
+
+    Raises:
+        ValueError: there is no such file or no row in it.
+    """
+    table = read(folder, "parity.csv")
+    last = table.sort_values("started_at").groupby("implementation")["source_hash"].last()
+    return table.assign(earlier=table["source_hash"] != table["implementation"].map(last))
 
 
 def _verdict(cells: list[WorstCell]) -> str:
     kinds = Counter(cell.kind for cell in cells)
     checked = kinds["ok"] + kinds["wrong"] + kinds["failed"]
     lacking = f", {kinds['failed']} lack a case's result" if kinds["failed"] else ""
-    return f"{kinds['wrong'] or 'none'} of {checked} cells fail{'' if kinds['wrong'] else 's'}{lacking}"
+    earlier = sum(cell.earlier for cell in cells)
+    since = f"; {earlier}{EARLIER} by older code" if earlier else ""
+    return f"{kinds['wrong'] or 'none'} of {checked} cells fail{'' if kinds['wrong'] else 's'}{lacking}{since}"
 
 
 def tensors_of(table: pandas.DataFrame) -> list[str]:
@@ -74,11 +90,13 @@ class WorstCell:
         kind: `wrong`; `failed`, where nothing is wrong but something has no result; `unsupported`; `ok`; or `none`.
         ratio: the worst error ratio, of what is wrong if anything is, else of what is right; NaN where there is none.
         status: of the last row that has no result, for kind `failed`.
+        earlier: whether all that is wrong or failed is of earlier code; see `parity_rows`.
     """
 
     kind: str
     ratio: float = math.nan
     status: str = ""
+    earlier: bool = False
 
 
 def worst_cells(table: pandas.DataFrame, names: list[str], by: str, labels: list[str]) -> list[list[WorstCell]]:
@@ -94,11 +112,12 @@ def worst_cells(table: pandas.DataFrame, names: list[str], by: str, labels: list
 def _worst(rows: pandas.DataFrame) -> WorstCell:
     wrong, right = rows[rows["status"] == "wrong"], rows[rows["status"] == "ok"]
     failed = rows[~rows["status"].isin(["ok", "wrong", "unsupported"])]
+    earlier = bool(wrong["earlier"].all() and failed["earlier"].all())
     if not wrong.empty:
         ratio = wrong["error_ratio"].max(skipna=False)
-        return WorstCell("wrong", ratio if np.isfinite(ratio) else math.inf)
+        return WorstCell("wrong", ratio if np.isfinite(ratio) else math.inf, earlier=earlier)
     if not failed.empty:
-        return WorstCell("failed", right["error_ratio"].max(), failed["status"].iloc[-1])
+        return WorstCell("failed", right["error_ratio"].max(), failed["status"].iloc[-1], earlier)
     if not right.empty:
         return WorstCell("ok", right["error_ratio"].max())
     return WorstCell("none" if rows.empty else "unsupported")
@@ -119,7 +138,8 @@ def _colour(cell: WorstCell) -> tuple[float, ...]:
 
 
 def _text(cell: WorstCell) -> str:
-    return {"wrong": ratio_text(cell.ratio) or "NaN", "failed": cell.status, "unsupported": "–"}.get(cell.kind, "")
+    texts = {"wrong": ratio_text(cell.ratio) or "NaN", "failed": cell.status, "unsupported": "–"}
+    return texts.get(cell.kind, "") + (EARLIER if cell.earlier else "")
 
 
 def _reasons(axes: Axes, table: pandas.DataFrame, names: list[str], width: int) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness import plots, records
+from harness import parity_view, plots, records
 from harness.plot_style import styles
 from harness.rows import SweepRow, columns
 from tests.test_records import failed, parity_row, sweep_row
@@ -68,6 +68,21 @@ def test_the_title_counts_failing_cells(tmp_path, monkeypatch):
     fill_parity(tmp_path)
     plots.parity_plots(tmp_path)
     assert titles == ["Parity with the truth: 6 of 12 cells fail"]
+
+
+def test_what_failed_before_its_code_changed_is_marked(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda figure, text, **_: titles.append(text))
+    wrong = {"status": "wrong", "reason": "too far off", "error_ratio": 3.0}
+    before, after = ({"source_hash": name, "started_at": at} for name, at in (("a", "2026-01-01"), ("b", "2026-01-02")))
+    for name, of_out, of_d_xq in (("jax.scan", before, after), ("torch.eager", after, before)):
+        records.append(tmp_path / "parity.csv", [parity_row(implementation=name, tensor="out", **wrong, **of_out)])
+        records.append(tmp_path / "parity.csv", [parity_row(implementation=name, tensor="d_xq", **of_d_xq)])
+    plots.parity_plots(tmp_path)
+    assert titles == ["Parity with the truth: 2 of 4 cells fail; 1* by older code"]
+    (by_tensor, _) = parity_view.matrices(tmp_path)
+    starred = [[cell.text[-1] == "*" for cell in line.cells] for line in by_tensor.lines]
+    assert starred == [[True, False], [False, False]]
 
 
 @pytest.mark.parametrize("status", ["unsupported", "oom", "wrong"])
