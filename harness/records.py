@@ -116,16 +116,18 @@ def samples(folder: str | Path) -> pandas.DataFrame:
     import pandas
 
     folder, names = Path(folder), columns(SampleRow)
-    parts = []
+    packed = journal = pandas.DataFrame(columns=names)
     with _locked(folder / "samples.csv"):
-        if (packed := folder / "samples.parquet").exists():
-            parts.append(_read_parquet(packed))
-        if (journal := folder / "samples.csv").exists():
-            rows = [vars(row).values() for row in load(journal, SampleRow)]
-            parts.append(pandas.DataFrame(rows, columns=names))
-    found = [part for part in parts if len(part)]
-    table = pandas.concat(found, ignore_index=True) if found else pandas.DataFrame(columns=names)
-    return table.drop_duplicates(ignore_index=True)  # killed between writing the one and deleting the other
+        if (path := folder / "samples.parquet").exists():
+            packed = _read_parquet(path)
+        if (path := folder / "samples.csv").exists():
+            journal = pandas.DataFrame([vars(row).values() for row in load(path, SampleRow)], columns=names)
+    # Who was killed between writing the one and deleting the other left them twice. Two samples may well be equal.
+    cell = ["run_id", *(name.rstrip("_") for name in SampleRow.KEY)]
+    known = set(packed[cell].itertuples(index=False, name=None))
+    journal = journal[[one not in known for one in journal[cell].itertuples(index=False, name=None)]]
+    found = [part for part in (packed, journal) if len(part)]
+    return pandas.concat(found, ignore_index=True) if found else pandas.DataFrame(columns=names)
 
 
 def pack_samples(folder: str | Path) -> None:

@@ -131,11 +131,13 @@ def test_samples_of_a_finished_sweep_and_of_a_journal(tmp_path):
     assert not (tmp_path / "samples.csv").exists() and list(records.samples(tmp_path)["device_ms"]) == [1.5]
     from dataclasses import replace
 
-    again = [replace(one, run_id="r2", device_ms=2.0), replace(one, run_id="r2", process=1, device_ms=3.0)]
+    again = [replace(one, run_id="r2", device_ms=2.0)] * 2 + [replace(one, run_id="r2", process=1, device_ms=3.0)]
     records.append(tmp_path / "samples.csv", again)
-    assert sorted(records.samples(tmp_path)["device_ms"]) == [1.5, 2.0, 3.0]
+    assert sorted(records.samples(tmp_path)["device_ms"]) == [1.5, 2.0, 2.0, 3.0]  # equal samples are samples
     records.pack_samples(tmp_path)
-    assert sorted(records.samples(tmp_path)["device_ms"]) == [2.0, 3.0]  # of the last run
+    assert sorted(records.samples(tmp_path)["device_ms"]) == [2.0, 2.0, 3.0]  # of the last run
+    records.append(tmp_path / "samples.csv", again)  # as if killed before the journal was deleted
+    assert sorted(records.samples(tmp_path)["device_ms"]) == [2.0, 2.0, 3.0]
     (tmp_path / "samples.parquet").write_bytes((tmp_path / "samples.parquet").read_bytes()[:200])
     with pytest.raises(ValueError, match=r"samples.parquet: not a Parquet file that can be read"):
         records.samples(tmp_path)
