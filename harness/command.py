@@ -207,7 +207,8 @@ def _ceilings(
             except Failure as failure:
                 console.print(f"no roofline: {failure.status}: {failure.reason}", style="yellow", markup=False)
                 return None
-            worker.stop()
+            finally:
+                worker.stop()  # its context on the GPU goes before anything is timed
             ceilings.save(found, folder)
             return found
 

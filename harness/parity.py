@@ -201,7 +201,8 @@ class _Runner:
         """Call in a process of the implementation, or of the oracle."""
         key, device = entry.key if entry else "oracle", self.settings.stamp.device
         if key not in self._lanes:
-            slow = entry is None or entry.key == rule.YARDSTICK or entry.key.startswith(("jax.", "triton."))
+            compiles = entry is not None and (entry.framework == "jax" or entry.key.startswith("triton."))
+            slow = entry is None or entry.key == rule.YARDSTICK or compiles
             count = (_PROCESSES_OF_SLOW if slow else _PROCESSES)[device]
             workers = [Worker(self._environment) for _ in range(count)]
             warm = functools.partial(jobs.warm_up, entry, device) if device == "cuda" else None
