@@ -226,6 +226,27 @@ def fla_tf32_backward() -> Found:
 
 @_run
 def ttt_tk_eps() -> Found:
+    """How often the machine code of the wheel adds 1e-6, and 1e-8."""
+    import re
+    import subprocess
+    from importlib.metadata import files
+
+    from harness.static_triton import tool
+
+    (library,) = (str(file.locate()) for file in files("test-time-training") or () if file.match("test_time_*.so"))
+    command = [str(tool("cuobjdump")), "-sass", library]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for text in sass.split("Function : ")[1:]:
+        added = [f"{float(x):.0e}" for x in re.findall(r"(?:FADD|FFMA)[^;]* ([0-9.]+e-[0-9]+) ;", text)]
+        name = "backward" if "bwd" in text.splitlines()[0] else "forward"
+        for eps in ("1e-06", "1e-08"):
+            found[f"{name} of the wheel adds {eps}, times"] = added.count(eps)
+    return found
+
+
+@_run
+def ttt_tk_eps_gradients() -> Found:
     """Rows whose spread is near sqrt(eps), forward and backward."""
     from dataclasses import replace
 

@@ -214,8 +214,18 @@ def key(row: AnyRow) -> tuple[Any, ...]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each cell, in the order in which the cells first appeared."""
-    return list({key(row): row for row in rows}.values())
+    """The last row of each cell, in the order in which the cells first appeared.
+
+    The tensors of a check are of one run: what an earlier one said of others, or of the whole check, is gone.
+    """
+    rows = list(rows)
+    found = {key(row): row for row in rows}.values()
+    runs = {_problem_of(row): row.run_id for row in rows if isinstance(row, ParityRow)}
+    return [row for row in found if not isinstance(row, ParityRow) or row.run_id == runs[_problem_of(row)]]
+
+
+def _problem_of(row: ParityRow) -> tuple[Any, ...]:
+    return tuple(getattr(row, name) for name in row.KEY if name != "tensor")
 
 
 def to_texts(row: AnyRow) -> list[str]:

@@ -23,7 +23,7 @@ def test_the_committed_page_is_that_of_the_committed_numbers():
 
 
 def test_the_page_says_what_was_measured_and_what_was_not():
-    some = [f for f in FINDINGS if f.name in ("official-gelu-torch", "ttt-tk-eps")]
+    some = [f for f in FINDINGS if f.name in ("official-gelu-torch", "ttt-tk-eps-gradients")]
     entry = {"found": {"an | error": 0.12345}, "machine": "a CPU", "versions": "x==1", "started_at": "2026-01-02T03:04"}
     page = findings.render(some, {"official-gelu-torch": entry})
     assert "| an | error | 0.123 |" in page and "On a CPU, 2026-01-02, with x==1." in page

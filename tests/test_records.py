@@ -186,6 +186,11 @@ def test_latest_keeps_the_last_row_of_a_cell(tmp_path):
     assert latest([first, other, again]) == [again, other]
     changed = [parity_row(**{name: value}) for name, value in (("tensor", "d_xq"), ("seed", 1), ("device", "cuda"))]
     assert len(latest([parity_row(), *changed, parity_row(truth="dual")])) == 4
+    failed = parity_row(run_id="r0", tensor="", status="error", error_ratio=None, reason="illegal access")
+    right = [parity_row(), parity_row(tensor="d_xq")]
+    assert latest([failed, *right]) == right
+    failed_now = replace(failed, run_id="r2")
+    assert latest([*right, failed_now]) == [failed_now]
     for row in (first, other, again):
         records.append(tmp_path / "sweep.csv", [row])
     table = records.frame(tmp_path / "sweep.csv", SweepRow)
