@@ -28,7 +28,8 @@ def test_the_page_says_what_was_measured_and_what_was_not():
     page = findings.render(some, {"official-gelu-torch": entry})
     assert "| an | error | 0.123 |" in page and "On a CPU, 2026-01-02, with x==1." in page
     assert page.count("Not measured yet: it needs an H100.") == 1
-    assert "To reproduce: `python -m harness findings ttt-tk-eps`" in page and "def ttt_tk_eps() -> Found:" in page
+    assert "To reproduce: `python -m harness findings ttt-tk-eps-gradients`" in page
+    assert "def ttt_tk_eps_gradients() -> Found:" in page
 
 
 def test_what_was_measured_elsewhere_stays(tmp_path, capsys):
