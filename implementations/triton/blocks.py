@@ -38,6 +38,22 @@ def nearest(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def to_tf32(x):
+    """The fp32 block `x`, rounded to the ten bits that tf32 keeps: a tensor core would cut the others off."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """`x` as a product takes it."""
+    x = nearest(x, DTYPE)
+    if DTYPE.is_fp32() and PRECISION == "tf32":
+        x = to_tf32(x)
+    return x
+
+
+@triton.jit
 def dot_apart(a, b):
     """a @ b in IEEE fp32, summed by itself, also where it is added to something: c + a @ b rounds c once.
 
@@ -49,11 +65,11 @@ def dot_apart(a, b):
 
 @triton.jit
 def matmul(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b: operands rounded to DTYPE, sums in fp32."""
+    """a @ b: operands rounded to DTYPE or tf32, sums in fp32."""
     if DTYPE.is_fp32() and PRECISION == "ieee":
         return dot_apart(nearest(a, DTYPE), nearest(b, DTYPE))
     else:
-        return tl.dot(nearest(a, DTYPE), nearest(b, DTYPE), input_precision=PRECISION)
+        return tl.dot(operand(a, DTYPE, PRECISION), operand(b, DTYPE, PRECISION), input_precision=PRECISION)
 
 
 @triton.jit
@@ -62,7 +78,7 @@ def matmul_add(a, b, c, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     if DTYPE.is_fp32() and PRECISION == "ieee":
         c += dot_apart(a, b)
     else:
-        c = tl.dot(nearest(a, DTYPE), nearest(b, DTYPE), c, input_precision=PRECISION)
+        c = tl.dot(operand(a, DTYPE, PRECISION), operand(b, DTYPE, PRECISION), c, input_precision=PRECISION)
     return c
 
 

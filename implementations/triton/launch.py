@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from implementations.kernels import ArgumentTypes, TritonKernel
@@ -39,6 +41,16 @@ class Launch(NamedTuple):
             declared_spill_bytes=declared_spill_bytes,
             **self.options,
         )
+
+
+@contextlib.contextmanager
+def assembled(newer: bool) -> Iterator[None]:
+    """Kernels launched in it are assembled by the newer of the two ptxas that Triton brings, if `newer`."""
+    nvidia = triton.knobs.nvidia
+    with nvidia.scope() if newer else contextlib.nullcontext():
+        if newer:
+            nvidia.ptxas = nvidia.ptxas_blackwell.path
+        yield
 
 
 def meta(kind: type, problem: Problem) -> Any:

@@ -16,7 +16,7 @@ import math
 import triton
 import triton.language as tl
 
-from implementations.triton.blocks import dot_apart
+from implementations.triton.blocks import dot_apart, to_tf32
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _SCALE = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -52,6 +52,8 @@ def _operand(x, MATMUL: tl.constexpr):
         x = x.to(tl.float16)
     else:
         x = x.to(tl.float32)
+        if MATMUL == "tf32":
+            x = to_tf32(x)
     return x.to(tl.float32) if INTERPRETED else x
 
 

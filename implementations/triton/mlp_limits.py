@@ -13,22 +13,30 @@ def supports(problem: Problem) -> str | None:
         return f"head_dim: expected a multiple of 16 up to 128, got {problem.head_dim}"
     if problem.mini_batch > 128:
         return f"mini_batch: expected at most 128, got {problem.mini_batch}"
+    if not _fits(problem):
+        size = f"{problem.mini_batch} with head_dim {problem.head_dim} in {problem.matmul_precision} {problem.dtype}"
+        return f"mini_batch: {size} needs more shared memory than an H100 has: use a smaller one, or cuda.cupy"
     return None
 
 
-def gpu_limit(problem: Problem) -> str | None:
-    """Why neither `triton.chain` nor `triton.offchain` is launched on a GPU for `problem`, or None.
+def _fits(problem: Problem) -> bool:
+    """Whether the 227 KB of an H100's SM hold the backward's operands, as compiled."""
+    wide = problem.head_dim > 64  # blocks are powers of two
+    if problem.dtype == "fp32" and problem.matmul_precision == "ieee":
+        return problem.mini_batch <= (32 if wide else 64)
+    return problem.mini_batch <= 64 or not wide
 
-    ptxas 12.8, which Triton 3.6 and 3.7 bring, makes wrong code of some kernels with many operands of warp-group
-    products in shared memory: it takes their addresses from registers that it never wrote. So lm-1.3b-m64 ended in
-    illegal accesses on an H100; the same code assembled by ptxas 12.9 is right there. Seen only with blocks narrower
-    than 64, which the kernels no longer have. The sizes here are right on an H100, and in bf16 clean under memcheck.
+
+def newer_ptxas(problem: Problem) -> bool:
+    """Whether `triton.chain` has to be assembled by the newer of the two ptxas that Triton brings.
+
+    ptxas 12.8, which Triton 3.6 to 3.9 take for sm_90, makes wrong code of some kernels with many operands of
+    warp-group products in shared memory: it takes their addresses from registers that it never wrote. So lm-1.3b-m64
+    ended in illegal accesses on an H100; the same code assembled by ptxas 12.9 is right there. Seen only with blocks
+    narrower than 64, which M = D = 64 in bf16 and fp16 does not have.
     """
-    verified = problem.mini_batch == problem.head_dim == 64 and problem.dtype in ("bf16", "fp16")
-    if problem.mini_batch > 16 and not verified:
-        size = f"{problem.mini_batch}, head_dim {problem.head_dim} in {problem.dtype}"
-        return f"mini_batch: expected up to 16, or 64 with head_dim 64 in bf16 or fp16, got {size}: use cuda.cupy"
-    return None
+    wide = problem.mini_batch == problem.head_dim == 64 and problem.dtype in ("bf16", "fp16")
+    return problem.mini_batch > 16 and not wide
 
 
 def offchain_limit(problem: Problem) -> str | None:

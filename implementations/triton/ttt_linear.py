@@ -46,6 +46,7 @@ from implementations.triton.blocks import (
     matmul_add,
     nearest,
     normalise,
+    operand,
     project,
     store_matrix,
     store_row,
@@ -257,7 +258,8 @@ def _backward(
             store_tokens(d_inputs.xk, d_xk, batch, head, n, M, D, BLOCK_D)
             if CAUSAL and xk.dtype.is_fp32():  # both products at once: d_w is rounded once a mini-batch
                 both = matmul(tl.trans(xq), d_z1_bar, xq.dtype, PRECISION)
-                d_w += tl.dot(tl.trans(xk), d_z1, both, input_precision=PRECISION)
+                a, b = operand(tl.trans(xk), xk.dtype, PRECISION), operand(d_z1, xk.dtype, PRECISION)
+                d_w += tl.dot(a, b, both, input_precision=PRECISION)
                 d_b += tl.sum(d_z1_bar + d_z1, 0)
             elif CAUSAL:
                 d_w = matmul_add(tl.trans(xq), d_z1_bar, d_w, xq.dtype, PRECISION)

@@ -38,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from implementations.kernels import ARCHITECTURES, TritonKernel
+from implementations.triton.launch import assembled
 from implementations.triton.mlp_blocks import (
     INTERPRETED,
     cast,
@@ -57,7 +58,7 @@ from implementations.triton.mlp_blocks import (
     store_tokens,
     tokens,
 )
-from implementations.triton.mlp_limits import gpu_limit, supports
+from implementations.triton.mlp_limits import newer_ptxas, supports
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs, validate
 
@@ -481,8 +482,8 @@ def saved_bytes(problem: Problem, group: int) -> float:
 def setting(problem: Problem, backward: bool) -> Setting:
     """What the kernels are launched with; from registers and spills as compiled.
 
-    Mini-batches of more than 16: blocks narrower than 64 are what ptxas 12.8, Triton 3.6's, assembles wrongly, with
-    addresses of operands from registers that it never wrote (`gpu_limit`).
+    Mini-batches of more than 16: blocks narrower than 64 are what ptxas 12.8, Triton's, assembles wrongly, with
+    addresses of operands from registers that it never wrote (`newer_ptxas`).
     """
     small = problem.mini_batch <= 16 and problem.head_dim <= 64 and not backward
     wide = problem.mini_batch > 16 or small
@@ -494,7 +495,6 @@ def forward(inputs: MlpInputs, problem: Problem, group: int | None = None) -> tu
 
     Raises:
         ValueError: a tensor has another shape, dtype, device or layout than the kernel takes, or the problem a size.
-        NotImplementedError: the size is beyond `gpu_limit`.
     """
     validate(inputs, INPUTS, problem)
     _check(inputs, problem, {"lr"})
@@ -502,7 +502,7 @@ def forward(inputs: MlpInputs, problem: Problem, group: int | None = None) -> tu
     if group < 1:
         raise ValueError(f"group: expected a positive number of mini-batches, got {group}")
     chains, slots = problem.batch * problem.heads, -(-problem.mini_batches // group) + 2
-    with _on(inputs.xq):
+    with _on(inputs.xq, problem):
         states = inputs.w1.new_empty(problem.batch, problem.heads, slots, record(problem.head_dim))
         states[:, :, -2:].zero_()  # one may stay unused: what is saved is the same at every call
         outputs = MlpOutputs(
@@ -532,7 +532,7 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
     inputs, states, group = residuals
     chains = problem.batch * problem.heads
     work_size = (group + 2) * record(problem.head_dim) + _padded(problem)[0] * problem.hidden
-    with _on(inputs.xq):
+    with _on(inputs.xq, problem):
         work = states.new_empty(chains, work_size)
         sums = states.new_empty(problem.batch, problem.heads, problem.mini_batch + 2 * problem.head_dim)
         d_tokens = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:4]]
@@ -627,9 +627,11 @@ def _copy(tensors, records: Tensor, stride: int, problem: Problem, pack: bool) -
     copy_record[grid](*tensors, records, stride, problem.head_dim, _padded(problem)[1], 64, pack)
 
 
-def _on(x: Tensor):
+@contextlib.contextmanager
+def _on(x: Tensor, problem: Problem) -> Iterator[None]:
     """Triton launches on the current device: make it that of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    with torch.cuda.device(x.device if x.is_cuda else -1), assembled(x.is_cuda and newer_ptxas(problem)):
+        yield
 
 
 def _check(tensors, problem: Problem, scalars: set[str], like: Tensor | None = None) -> None:
@@ -639,8 +641,6 @@ def _check(tensors, problem: Problem, scalars: set[str], like: Tensor | None = N
     device = tensors[0].device if like is None else like.device
     if device.type != "cuda" and not INTERPRETED.value:
         raise ValueError(f"{tensors._fields[0]}: expected a CUDA tensor, got one on {device}; move it with .cuda()")
-    if device.type == "cuda" and (reason := gpu_limit(problem)):
-        raise NotImplementedError(reason)
     for name, x in zip(tensors._fields, tensors, strict=True):
         if x.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")

@@ -34,8 +34,8 @@ from torch import Tensor
 
 from implementations.kernels import TritonKernel, once
 from implementations.triton.arguments import Shared, check, empty, tokens, view
-from implementations.triton.launch import Launch, meta
-from implementations.triton.mlp_limits import gpu_limit, offchain_limit
+from implementations.triton.launch import Launch, assembled, meta
+from implementations.triton.mlp_limits import newer_ptxas, offchain_limit
 from implementations.triton.mlp_readout import Norm, Pulled, Sums, read_out, read_out_backward
 from implementations.triton.mlp_scan import Walked, finish, scan
 from implementations.triton.mlp_trace import Trace, Weights, recurrence
@@ -66,7 +66,6 @@ def forward(inputs: MlpInputs, problem: Problem, group: int | None = None) -> tu
     Raises:
         ValueError: `problem` is beyond `offchain_limit`, a tensor does not fit it or the kernels, or `group` is not a
             multiple of the mini-batches in a chunk.
-        NotImplementedError: the size is beyond `gpu_limit`.
     """
     _check(inputs, INPUTS, problem)
     group = default_group(problem) if group is None else group
@@ -74,8 +73,7 @@ def forward(inputs: MlpInputs, problem: Problem, group: int | None = None) -> tu
     if group < 1 or group % ratio:
         raise ValueError(f"group: expected a positive multiple of {ratio} mini-batches, got {group}")
     outputs, residuals, launches = plan_forward(inputs, problem, group)
-    for launch in launches:
-        launch.run(inputs.xq.device)
+    _run(launches, problem, inputs.xq.device)
     return outputs, residuals
 
 
@@ -87,8 +85,7 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
     """
     _check(cotangents, OUTPUTS, problem, residuals.inputs.xq.device)
     gradients, read, update, launches = plan_backward(cotangents, residuals, problem)
-    for launch in launches:
-        launch.run(cotangents.out.device)
+    _run(launches, problem, cotangents.out.device)
     # Over chunks and chains, always in the same order.
     in_mini_batch = read.d_token_eta.reshape(-1, problem.mini_batch).sum(0)
     d_token_eta = in_mini_batch if problem.causal else torch.zeros_like(in_mini_batch)
@@ -337,10 +334,14 @@ def _launch(kernel, problem: Problem, count: int, arguments: dict[str, object]) 
     return Launch(kernel, programs, arguments, constants, options)
 
 
+def _run(launches: list[Launch], problem: Problem, device: torch.device) -> None:
+    with assembled(device.type == "cuda" and newer_ptxas(problem)):
+        for launch in launches:
+            launch.run(device)
+
+
 def _check(tensors, kinds, problem: Problem, device: torch.device | None = None) -> None:
     """As `check`, and that these kernels solve `problem`."""
     if reason := offchain_limit(problem):
         raise ValueError(reason)
-    if tensors[0].is_cuda and (reason := gpu_limit(problem)):
-        raise NotImplementedError(reason)
     check(tensors, kinds, problem, device)
