@@ -198,7 +198,7 @@ def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
     row, chunks, warps = d + 8, m // 16, d // 8
     if chunks == 1:  # `ShortShared` in `mlp_forward_short.cu`
         shared = 11 * m * row * 2 + 2 * warps * 16 * row * 4 + (4 * 4 * d * 16 if split == 2 else 2 * 16)
-        shared += 4 * (4 * m + 4 * d // split + 2 * warps * d)
+        shared += 4 * (4 * m + 4 * d // split + 2 * _place_warps(d) * d)
         return _kernel(problem, "mlp_forward_short", shared, split)
     if not problem.causal:  # `NotCausalShared` in `mlp_forward_not_causal.cu`
         wide = problem.hidden // split + 8
@@ -252,6 +252,11 @@ _SPILLS = {
     ("mlp_backward", False): 500,
     ("mlp_backward", True): 1200,
 }
+
+
+def _place_warps(d: int) -> int:
+    """`Sizes::PLACE_WARPS` in `mlp.cuh`."""
+    return d // 8 if d % 3 else d // 12
 
 
 def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:

@@ -143,34 +143,6 @@ TTT_INLINE void transpose_a(uint32_t (&a)[4]) {
     a[0] = movmatrix(a[0]), a[2] = movmatrix(a[1]), a[1] = upper, a[3] = movmatrix(a[3]);
 }
 
-// Keeps what is computed from `w` in a loop in that loop, instead of in registers all the time.
-template <int A, int B> TTT_INLINE void pin(float (&w)[A][B][4]) {
-#ifdef __CUDACC__
-#pragma unroll
-    for (int i = 0; i < A; i++)
-#pragma unroll
-        for (int j = 0; j < B; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) asm volatile("" : "+f"(w[i][j][e]));
-#endif
-}
-
-template <int D> TTT_INLINE void pin(First<D>& w) {
-#ifdef __CUDACC__
-#pragma unroll
-    for (int i = 0; i < FK; i++)
-#pragma unroll
-        for (int j = 0; j < D / 8; j++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) asm volatile("" : "+r"(w.x[i][j][h]));
-#endif
-}
-TTT_INLINE void pin(int& x) {
-#ifdef __CUDACC__
-    asm volatile("" : "+r"(x));
-#endif
-}
-
 TTT_INLINE void add_columns(float (&sums)[2 * FT], const float (&z)[FT][4]) {
 #pragma unroll
     for (int k = 0; k < FT; k++) sums[2 * k] += z[k][0] + z[k][2], sums[2 * k + 1] += z[k][1] + z[k][3];
