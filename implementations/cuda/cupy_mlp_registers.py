@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, default_split, view
-from implementations.cuda.mlp_registers_limits import limit
+from implementations.cuda.mlp_registers_limits import limit, splits
 from implementations.cuda.module import launch
 from implementations.kernels import ARCHITECTURES, CudaKernel, architectures_with
 from spec.problem import Problem
@@ -117,7 +117,7 @@ class Residuals(NamedTuple):
 def forward(
     inputs: MlpInputs, problem: Problem, group: int = GROUP, split: int | None = None
 ) -> tuple[MlpOutputs, Residuals]:
-    """Outputs of TTT-MLP, and what `backward` needs; `split` blocks work on a chain, 1 or 2.
+    """Outputs of TTT-MLP, and what `backward` needs; `split` blocks work on a chain, 1 or 2, of D = 96 always 2.
 
     Raises:
         ValueError: a tensor has another shape, dtype, device or layout than the kernel takes.
@@ -140,13 +140,14 @@ def empty_residuals(inputs: MlpInputs, problem: Problem, group: int = GROUP, spl
     Raises:
         ValueError: `group` or `split` is not a number that the kernels know.
     """
-    if group < 1 or split not in (None, 1, 2):
-        raise ValueError(f"group, split: expected at least 1, and 1 or 2, got {group}, {split}")
+    allowed = splits(problem)
+    if group < 1 or split not in (None, *allowed):
+        raise ValueError(f"group, split: expected at least 1, and one of {allowed}, got {group}, {split}")
     chains, like = problem.batch * problem.heads, inputs.w1
     saved = like.new_empty(chains, -(-problem.mini_batches // group), 8 * problem.head_dim**2 + problem.hidden)
     norms = [like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16) for _ in range(2)]
     norms += [like.new_empty(chains, problem.tokens) for _ in range(2)]
-    return Residuals(inputs, saved, *norms, group, split or default_split(problem, like.device))
+    return Residuals(inputs, saved, *norms, group, split or max(allowed[0], default_split(problem, like.device)))
 
 
 def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> MlpInputs:
@@ -188,8 +189,9 @@ def work_bytes(problem: Problem, group: int, split: int) -> int:
 
 
 def kernels(problem: Problem) -> tuple[CudaKernel, CudaKernel]:
-    """What both passes launch where one block has a chain."""
-    return forward_kernel(problem), backward_kernel(problem)
+    """What both passes launch with the fewest blocks a chain."""
+    split = splits(problem)[0]
+    return forward_kernel(problem, split), backward_kernel(problem, split)
 
 
 def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
@@ -226,7 +228,7 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
     row, chunks, warps = d + 8, m // 16, d // 8
     stages, half = 2 if chunks < 4 else 1, (chunks + 1) // 2
     squares = chunks * (chunks + 1) // 2 if causal else 0
-    ahead = causal and chunks == 1
+    ahead = causal and chunks == 1 and d <= 64
     room = {1: 7, 2: 5}.get(chunks, 3 if causal else 4)
     shared = (  # `BackwardShared` in `mlp_backward.cu`
         14 * 8
@@ -238,7 +240,7 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
         + ((2 * chunks + 3 * half) * 4 * d * 16 + 8 * m if split == 2 else 64)
         + min(7 if causal else 5, room) * chunks * warps * 1024 // split
         + 2 * (squares + 1) * (1024 if chunks < 4 else 512)
-        + 4 * (3 * stages * m + m + 8 * d // split + warps * d + warps * m + m + 2 * (warps if causal else 1) * m)
+        + 4 * (3 * stages * m + m + 8 * d // split + _place_warps(d) * d + warps * m + m + 2 * (warps if causal else 1) * m)
     )
     return _kernel(problem, "mlp_backward", shared, split)
 
@@ -278,7 +280,8 @@ def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
 
 def static_kernels() -> Iterator[CudaKernel]:
     """The instances of the named cases in bf16."""
-    for mini_batch, causal, split in ((16, True, 1), (64, True, 1), (64, False, 1), (64, False, 2)):
-        problem = Problem("mlp", 1, mini_batch, 1, 64, mini_batch, causal, dtype="bf16")
+    settings = ((64, 16, True, 1), (64, 64, True, 1), (64, 64, False, 1), (64, 64, False, 2), (96, 16, True, 2))
+    for d, mini_batch, causal, split in settings:
+        problem = Problem("mlp", 1, mini_batch, 1, d, mini_batch, causal, dtype="bf16")
         yield forward_kernel(problem, split)
         yield backward_kernel(problem, split)

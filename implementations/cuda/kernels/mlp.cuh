@@ -234,6 +234,11 @@ template <int P> TTT_INLINE void fill(float (&y)[P][4], float x) {
     for (int n = 0; n < P; n++)
         for (int e = 0; e < 4; e++) y[n][e] = x;
 }
+template <int P> TTT_INLINE void scale_rows(float (&y)[P][4], const float (&step)[2]) {
+#pragma unroll
+    for (int n = 0; n < P; n++)
+        for (int e = 0; e < 4; e++) y[n][e] *= step[e / 2];
+}
 // Of y [16, D] there may be P x 8 columns from `from` on (a constant behind unrolling): where registers are short.
 // y [16, D] += x [16, SLICE f] w2.
 template <typename T, int D, typename W, int P>

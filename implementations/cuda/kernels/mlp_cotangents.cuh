@@ -40,11 +40,11 @@ template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     static constexpr int SQUARES = CAUSAL ? CHUNKS * (CHUNKS + 1) / 2 : 0;
     static constexpr bool WIDE = CHUNKS < 4;                                // squares in fp32
     // One chunk, causal: there is room for all that a mini-batch reads, copied while the one before it is computed.
-    static constexpr bool AHEAD = CHUNKS == 1 && CAUSAL;
+    static constexpr bool AHEAD = CHUNKS == 1 && CAUSAL && D <= 64;
     static constexpr int SUMS = CHUNKS == 2 ? 2 : 1;  // buffers of partial sums
     Bases<T> base;
     float gamma[D], beta[D];
-    Four d_gamma[S::THREADS], d_beta[S::THREADS];  // of each thread's place
+    Values<D> d_gamma[S::PLACES], d_beta[S::PLACES];  // of each thread's place
     T xq[STAGES][TILE], xk[STAGES][TILE];
     T xv[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], d_out[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
     fp16 x_hat[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], x_hat_bar[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
@@ -57,13 +57,13 @@ template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     // Of a cluster: what this block summed of a chunk, and what the other sent: of d_g_z2, and of d_xq and d_xk, which
     // go to the block that writes the chunk.
     static constexpr int HALF = (CHUNKS + 1) / 2;
-    Four mine[SPLIT == 1 ? 1 : CHUNKS + HALF][SPLIT == 1 ? 1 : S::THREADS];
-    Four sent[SPLIT == 1 ? 1 : CHUNKS + 2 * HALF][SPLIT == 1 ? 1 : S::THREADS];
+    Values<D> mine[SPLIT == 1 ? 1 : CHUNKS + HALF][SPLIT == 1 ? 1 : S::PLACES];
+    Values<D> sent[SPLIT == 1 ? 1 : CHUNKS + 2 * HALF][SPLIT == 1 ? 1 : S::PLACES];
     float sent_along[SPLIT == 1 ? 4 : M], sent_lr[SPLIT == 1 ? 4 : M];
     uint32_t kept[KEPT_SHARED][CHUNKS][S::WARPS][SLOT_WORDS];
     uint32_t attn1[SQUARES + 1][WIDE ? 256 : 128], d_scores2[SQUARES + 1][WIDE ? 256 : 128];
     float lr[STAGES][M], rstd[STAGES][M], rstd_bar[STAGES][M], token_eta[M], b1[S::OWN], d_b1[S::OWN],
-        b2_part[S::WARPS][D];
+        b2_part[S::PLACE_WARPS][D];
     float along[S::WARPS][M], along_b2[M];
     float lr_part[CAUSAL ? S::WARPS : 1][M], eta_part[CAUSAL ? S::WARPS : 1][M];
 };
@@ -101,6 +101,15 @@ template <int D, typename W> TTT_INLINE W restore_words(const Words* from, int t
     }
     return w;
 }
+// The same read where they are used, as they lie or with every block transposed.
+template <int D, bool TRANSPOSED> struct Far {
+    const Words* p;
+    TTT_INLINE void quad(uint32_t (&r)[4], int q) const {
+        const Words y = p[q * Sizes<D>::THREADS];
+#pragma unroll
+        for (int i = 0; i < 4; i++) r[i] = TRANSPOSED ? movmatrix(y.x[i]) : y.x[i];
+    }
+};
 // The same as 8 x 8 blocks one after another, which ldmatrix gives as they are or transposed.
 template <int D> TTT_INLINE void save_blocks(uint32_t* to, First<D> w1, Second<D> w2, int lane) {
     constexpr int BLOCKS = D / 2 / SPLIT;
@@ -141,6 +150,13 @@ template <typename T> TTT_INLINE void square_as_a(uint32_t (&a)[4], const Square
 TTT_INLINE void transpose_a(uint32_t (&a)[4]) {
     const uint32_t upper = movmatrix(a[2]);
     a[0] = movmatrix(a[0]), a[2] = movmatrix(a[1]), a[1] = upper, a[3] = movmatrix(a[3]);
+}
+
+template <int D> TTT_INLINE NormOf<D> norm_of_saved(const Values<D>& x_hat, float rstd) {
+    NormOf<D> norm;
+    for (int i = 0; i < Sizes<D>::EACH; i++) norm.x_hat[i] = x_hat.x[i];
+    norm.rstd = rstd;
+    return norm;
 }
 
 TTT_INLINE void add_columns(float (&sums)[2 * FT], const float (&z)[FT][4]) {
