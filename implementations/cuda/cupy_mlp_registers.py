@@ -228,14 +228,16 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
     row, chunks, warps = d + 8, m // 16, d // 8
     stages, half = 2 if chunks < 4 else 1, (chunks + 1) // 2
     squares = chunks * (chunks + 1) // 2 if causal else 0
-    ahead = causal and chunks == 1 and d <= 64
+    bend = causal and chunks == 1
+    ahead = bend and d <= 64
     room = {1: 7, 2: 5}.get(chunks, 3 if causal else 4)
     shared = (  # `BackwardShared` in `mlp_backward.cu`
         14 * 8
         + 2 * 4 * d
         + 2 * 4 * d * 16
         + (2 * stages + 3) * m * row * 2
-        + (10 * m * row * 2 + warps * (128 * d + 1024) // split if ahead else 64 + 32 * warps)
+        + (10 * m * row * 2 + warps * 128 * d // split if ahead else 64 + 16 * warps)
+        + (warps * 1024 // split if bend else 16 * warps)
         + (2 if chunks == 2 else 1) * warps * 16 * row * 4
         + ((2 * chunks + 3 * half) * 4 * d * 16 + 8 * m if split == 2 else 64)
         + min(7 if causal else 5, room) * chunks * warps * 1024 // split

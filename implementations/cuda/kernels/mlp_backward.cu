@@ -492,7 +492,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     start_columns(z1, b1, t);
                     times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
                     times_second_t<T, D>(g_z1, g_z2_tile, CHUNK * c, w2_t, lane);
-                    if constexpr (AHEAD) {
+                    if constexpr (Shared::BEND) {
                         float slope[FT][4], bend[FT][4];
 #pragma unroll
                         for (int k = 0; k < FT; k++) {
@@ -625,7 +625,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     const Second<D> d_w2_r = round_second<T, D>(d_w2);
                     times_second_t<T, D>(pulled_x2, g_z2_tile, CHUNK * c, transpose(d_w2_r), lane);
                     Columns x2_r;
-                    if constexpr (AHEAD) {
+                    if constexpr (Shared::BEND) {
                         x2_r = kept(slot(X2, c), lane);
                         const Columns slope_r = kept(slot(SLOPE, c), lane), g_z1_r = kept(slot(G_Z1, c), lane);
                         const Columns bend_r = kept(s.bend[warp], lane);

@@ -39,8 +39,9 @@ template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     static constexpr int KEPT_SHARED = KEPT < ROOM ? KEPT : ROOM;  // the others in global memory
     static constexpr int SQUARES = CAUSAL ? CHUNKS * (CHUNKS + 1) / 2 : 0;
     static constexpr bool WIDE = CHUNKS < 4;                                // squares in fp32
-    // One chunk, causal: there is room for all that a mini-batch reads, copied while the one before it is computed.
-    static constexpr bool AHEAD = CHUNKS == 1 && CAUSAL && D <= 64;
+    // One chunk, causal: what the read-out computes of z1 is kept for the update, and up to D = 64 there is room for all
+    // that a mini-batch reads, copied while the one before it is computed.
+    static constexpr bool BEND = CHUNKS == 1 && CAUSAL, AHEAD = BEND && D <= 64;
     static constexpr int SUMS = CHUNKS == 2 ? 2 : 1;  // buffers of partial sums
     Bases<T> base;
     float gamma[D], beta[D];
@@ -49,7 +50,7 @@ template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     T xv[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], d_out[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
     fp16 x_hat[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], x_hat_bar[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
     uint32_t weights[S::WARPS][AHEAD ? 32 * D / SPLIT : 4];     // of w1 and w2, 8 x 8 blocks of this warp
-    uint32_t bend[S::WARPS][AHEAD ? SLOT_WORDS : 4];  // g_x2 gelu''(z1)
+    uint32_t bend[S::WARPS][BEND ? SLOT_WORDS : 4];  // g_x2 gelu''(z1)
     static constexpr int NORMS = AHEAD ? 2 : 1;  // mini-batches whose LayerNorms are done
     T g_z2[NORMS][TILE], d_z2_bar[NORMS][TILE];
     T d_z2[TILE];  // `again`: -eta_last lr g_z2
