@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, default_split, view
-from implementations.cuda.mlp_registers_limits import limit, splits
+from implementations.cuda.mlp_registers_limits import WIDE, limit, splits
 from implementations.cuda.module import launch
 from implementations.kernels import ARCHITECTURES, CudaKernel, architectures_with
 from spec.problem import Problem
@@ -242,13 +242,15 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
         + ((2 * chunks + 3 * half) * 4 * d * 16 + 8 * m if split == 2 else 64)
         + min(7 if causal else 5, room) * chunks * warps * 1024 // split
         + 2 * (squares + 1) * (1024 if chunks < 4 else 512)
-        + 4 * (3 * stages * m + m + 8 * d // split + _place_warps(d) * d + warps * m + m + 2 * (warps if causal else 1) * m)
+        + 4 * (3 * stages * m + m + 8 * d // split + _place_warps(d) * d)
+        + 4 * (warps * m + m + 2 * (warps if causal else 1) * m)
     )
     return _kernel(problem, "mlp_backward", shared, split)
 
 
 # Bytes a thread that spill on the worst of the architectures, with one block a chain: half of its registers are state.
-# By the kernel, and whether a mini-batch is more than one chunk of 16 tokens. A cluster has half of the state in each.
+# By the kernel, and whether a mini-batch is more than one chunk of 16 tokens. A cluster has half of the state in each,
+# and spills with D = 96 alone: 384 threads, 168 registers, 96 of them state.
 _SPILLS = {
     ("mlp_forward_short", False): 120,
     ("mlp_forward", True): 304,
@@ -256,6 +258,7 @@ _SPILLS = {
     ("mlp_backward", False): 500,
     ("mlp_backward", True): 1200,
 }
+_SPILLS_WIDE = {"mlp_forward_short": 520, "mlp_backward": 1024}
 
 
 def _place_warps(d: int) -> int:
@@ -267,6 +270,7 @@ def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
     d, m, causal = problem.head_dim, problem.mini_batch, str(problem.causal).lower()
     sizes = (d, m) if name in ("mlp_forward", "mlp_forward_not_causal") else (d, m, causal)
     shared = -(-shared // 16) * 16
+    spills = _SPILLS_WIDE[name] if d == WIDE else _SPILLS[name, m > 16] if split == 1 else 0
     return CudaKernel(
         source=KERNELS / f"{name}.cu",
         expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {', '.join(map(str, sizes))}>",
@@ -274,7 +278,7 @@ def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
         threads=4 * d,
         options=(f"-DTTT_SPLIT={split}",),
         dynamic_shared_bytes=shared,
-        declared_spill_bytes=_SPILLS[name, m > 16] if split == 1 else 0,
+        declared_spill_bytes=spills,
         cluster=split,
         architectures=architectures_with(shared) if split == 1 else ARCHITECTURES[1:],
     )

@@ -19,7 +19,7 @@ def limit(problem: Problem) -> str | None:
     if problem.dtype not in DTYPES:
         return f"dtype: expected one of {', '.join(DTYPES)} for tensor cores, got {problem.dtype}: use cuda.cupy_plain"
     if problem.head_dim not in HEAD_DIMS:
-        return f"head_dim: expected 16, 32, 64 or 96 for a state in registers, got {problem.head_dim}: use cuda.cupy_plain"
+        return f"head_dim: expected 16, 32, 64 or 96 for registers, got {problem.head_dim}: use cuda.cupy_plain"
     if problem.mini_batch not in MINI_BATCHES:
         return f"mini_batch: expected 16, 32 or 64, got {problem.mini_batch}: use cuda.cupy_plain"
     if problem.head_dim == WIDE and problem.mini_batch > 16:

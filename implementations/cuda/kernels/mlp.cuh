@@ -1,6 +1,7 @@
 // What the tensor-core kernels of TTT-MLP share: the fast weights in the registers of a block, and products with them.
 //
 // A block of D / 8 warps holds one chain, or a cluster of SPLIT = 2 blocks does, each with half of the hidden columns.
+// D = 96 takes a cluster: a block of 384 threads has 168 registers for each.
 // Warp i owns SLICE = 32 / SPLIT hidden columns f of both layers, as fp32 accumulators of the transposed weights, so
 // that an update, which accumulates, is a product into them; D / SPLIT registers a lane for each layer:
 //     W1^T [SLICE f, D]: w1[i][j] is the 16 x 8 tile of f tile i and d tile j
@@ -40,8 +41,8 @@ struct alignas(8) Pair { uint32_t x[2]; };
 template <int D> struct Sizes {
     static constexpr int F = 4 * D, OWN = F / SPLIT, WARPS = OWN / SLICE, THREADS = 32 * WARPS;
     static constexpr int ROW = D + 8;             // of a tile of tokens in shared memory: no bank conflicts
-    static constexpr int PIECE = D > 64 ? 32 : D; // columns of a warp's part of [16, D] that it computes at a time
-    // Where rows are summed: what of a token one thread has, and how many lanes, a power of two, have the token. In
+    static constexpr int PIECE = D > 64 ? 32 : D; // columns of a warp's part of [16, D] that are in registers at once
+    // Where rows are summed: how many d of a token a thread has, and how many lanes, a power of two, have the token. In
     // sixes (D = 96) the last third of the warps has no place.
     static constexpr int EACH = D % 3 ? 4 : 6, LANES = D / EACH, PLACES = CHUNK * LANES, PLACE_WARPS = PLACES / 32;
     static constexpr int PARTIAL = CHUNK * ROW;   // floats of one warp's part of [16, D]
@@ -133,34 +134,6 @@ template <int D> TTT_INLINE Second<D> transpose(const Second<D>& a) {
     return y;
 }
 
-// Keeps what is computed from `w` in a loop in that loop, instead of in registers all the time.
-template <int A, int B> TTT_INLINE void pin(float (&w)[A][B][4]) {
-#ifdef __CUDACC__
-#pragma unroll
-    for (int i = 0; i < A; i++)
-#pragma unroll
-        for (int j = 0; j < B; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) asm volatile("" : "+f"(w[i][j][e]));
-#endif
-}
-
-template <int D> TTT_INLINE void pin(First<D>& w) {
-#ifdef __CUDACC__
-#pragma unroll
-    for (int i = 0; i < FK; i++)
-#pragma unroll
-        for (int j = 0; j < D / 8; j++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) asm volatile("" : "+r"(w.x[i][j][h]));
-#endif
-}
-TTT_INLINE void pin(int& x) {
-#ifdef __CUDACC__
-    asm volatile("" : "+r"(x));
-#endif
-}
-
 // --- Operands out of tiles of tokens in shared memory, rows of ROW numbers ---
 
 // A = tile[row .. row + 15, col .. col + 15].
@@ -229,6 +202,7 @@ TTT_INLINE void as_a(uint32_t (&a)[4], const Columns& x, int k) {  // columns f 
 TTT_INLINE void as_a_trans(uint32_t (&a)[4], const Columns& x_t, int k) {  // rows f = 16k .. 16k + 15
     a[0] = x_t.x[2 * k][0], a[1] = x_t.x[2 * k + 1][0], a[2] = x_t.x[2 * k][1], a[3] = x_t.x[2 * k + 1][1];
 }
+
 template <int P> TTT_INLINE void fill(float (&y)[P][4], float x) {
 #pragma unroll
     for (int n = 0; n < P; n++)
@@ -239,7 +213,8 @@ template <int P> TTT_INLINE void scale_rows(float (&y)[P][4], const float (&step
     for (int n = 0; n < P; n++)
         for (int e = 0; e < 4; e++) y[n][e] *= step[e / 2];
 }
-// Of y [16, D] there may be P x 8 columns from `from` on (a constant behind unrolling): where registers are short.
+
+// Of y [16, D] the next may have P x 8 columns from `from` on alone, a constant once loops are unrolled.
 // y [16, D] += x [16, SLICE f] w2.
 template <typename T, int D, typename W, int P>
 TTT_INLINE void times_second(float (&y)[P][4], const Columns& x, const W& w2, int from = 0) {

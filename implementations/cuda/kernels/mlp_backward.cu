@@ -7,7 +7,7 @@
 //     back:  mini-batch by mini-batch, the cotangents; d_w waits in global memory while `again` has the registers
 // Every warp has its hidden columns. A mini-batch goes in chunks of 16 tokens, through these loops, where
 // "sum" is a sum over warps through shared memory, and what a later loop needs is kept in the warp's own slots:
-//     norms     d_z2_bar through the output's LayerNorm, and g_z2 again: D / 4 lanes a token
+//     norms     d_z2_bar through the output's LayerNorm, and g_z2 again: D / EACH lanes a token
 //     read      z1_bar, x2_bar, d_x2_bar, d_z1_bar                       -> sum: d_xq
 //     update    z1, g_x2, g_z1; what d_w pulls back; d_g_z1, d_g_x2      -> sum: d_g_z2, then the second order: d_z2
 //     first     d_x2, d_z1                                               -> sum: d_xk
@@ -65,7 +65,8 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     float d_b2[EACH], d_eta_last = 0;
     for (int i = 0; i < EACH; i++) d_b2[i] = a.d_final_b2[chain * D + at.d + i];
     if (thread < D) s.gamma[thread] = a.ln_weight[head * D + thread], s.beta[thread] = a.ln_bias[head * D + thread];
-    if (has_place<D>(thread)) s.d_gamma[thread] = s.d_beta[thread] = {};
+    if (has_place<D>(thread))
+        for (int i = 0; i < EACH; i++) s.d_gamma[thread].x[i] = s.d_beta[thread].x[i] = 0;
     if (thread < S::OWN) s.d_b1[thread] = a.d_final_b1[chain * F + rank * S::OWN + thread];
     for (int i = thread; i < M; i += S::THREADS) s.token_eta[i] = a.token_eta[i];
     if (CAUSAL)
@@ -200,8 +201,9 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
         return error;
     };
     auto times_gamma = [&](const Values<D>& x) {
-        Values<D> y = *reinterpret_cast<const Values<D>*>(s.gamma + at.d);
-        for (int i = 0; i < EACH; i++) y.x[i] *= x.x[i];
+        const Values<D> gamma = *reinterpret_cast<const Values<D>*>(s.gamma + at.d);
+        Values<D> y;
+        for (int i = 0; i < EACH; i++) y.x[i] = x.x[i] * gamma.x[i];
         return y;
     };
 
@@ -755,7 +757,8 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                 for (int c = 0; c < CHUNKS && has_place<D>(thread); c++) second_order(both(c, c), c, norm[c], error[c]);
 #pragma unroll
                 for (int c = 0; c < CHUNKS; c += 2)
-                    if (c + rank < CHUNKS && has_place<D>(thread)) write_d_xq(both(CHUNKS + c / 2, CHUNKS + c / 2), c + rank);
+                    if (c + rank < CHUNKS && has_place<D>(thread))
+                        write_d_xq(both(CHUNKS + c / 2, CHUNKS + c / 2), c + rank);
                 if (rank == 0 && thread < M) along += s.sent_along[thread], d_lr_read += s.sent_lr[thread];
             }
             share_b2();

@@ -39,8 +39,8 @@ template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     static constexpr int KEPT_SHARED = KEPT < ROOM ? KEPT : ROOM;  // the others in global memory
     static constexpr int SQUARES = CAUSAL ? CHUNKS * (CHUNKS + 1) / 2 : 0;
     static constexpr bool WIDE = CHUNKS < 4;                                // squares in fp32
-    // One chunk, causal: what the read-out computes of z1 is kept for the update, and up to D = 64 there is room for all
-    // that a mini-batch reads, copied while the one before it is computed.
+    // One chunk, causal: what the read-out computes of z1 is kept for the update; and up to D = 64 there is room for
+    // all that a mini-batch reads, copied while the one before it is computed.
     static constexpr bool BEND = CHUNKS == 1 && CAUSAL, AHEAD = BEND && D <= 64;
     static constexpr int SUMS = CHUNKS == 2 ? 2 : 1;  // buffers of partial sums
     Bases<T> base;
@@ -151,6 +151,34 @@ template <typename T> TTT_INLINE void square_as_a(uint32_t (&a)[4], const Square
 TTT_INLINE void transpose_a(uint32_t (&a)[4]) {
     const uint32_t upper = movmatrix(a[2]);
     a[0] = movmatrix(a[0]), a[2] = movmatrix(a[1]), a[1] = upper, a[3] = movmatrix(a[3]);
+}
+
+// Keeps what is computed from `w` in a loop in that loop, instead of in registers all the time.
+template <int A, int B> TTT_INLINE void pin(float (&w)[A][B][4]) {
+#ifdef __CUDACC__
+#pragma unroll
+    for (int i = 0; i < A; i++)
+#pragma unroll
+        for (int j = 0; j < B; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) asm volatile("" : "+f"(w[i][j][e]));
+#endif
+}
+
+template <int D> TTT_INLINE void pin(First<D>& w) {
+#ifdef __CUDACC__
+#pragma unroll
+    for (int i = 0; i < FK; i++)
+#pragma unroll
+        for (int j = 0; j < D / 8; j++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) asm volatile("" : "+r"(w.x[i][j][h]));
+#endif
+}
+TTT_INLINE void pin(int& x) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(x));
+#endif
 }
 
 template <int D> TTT_INLINE NormOf<D> norm_of_saved(const Values<D>& x_hat, float rstd) {

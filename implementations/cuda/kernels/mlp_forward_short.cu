@@ -8,6 +8,7 @@
 //     z1, q1, x2 and this warp's part of z2                                   then a barrier
 //     sums over warps; out of n - 1; g_z2 of n                                then a barrier
 //     g_z1; causal, z1_bar, x2_bar and this warp's part of z2_bar; the updates
+// D = 96 takes a cluster: 96 of a thread's 168 registers are state, and parts of z2 and z2_bar are made in pieces.
 // Not causal, z2_bar of n - 1 is computed from the weights that n starts from, beside z2 of n.
 #include "mlp_arguments.cuh"
 
@@ -222,7 +223,6 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
             round_scores<T>(read, p);
             times_columns<T>(q1, read, transpose(round_columns<T>(g_z1)));  // now z1_bar
             const Columns x2_bar = gelu_columns(q1);
-            if (D > S::PIECE) pin(w2);
             float part[S::PIECE / 8][4] = {};
             times_second<T, D>(part, x2_bar, round_second<T, D>(w2));
             float attn2[2][4] = {};
@@ -233,7 +233,7 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
             round_scores<T>(read, attn2);
 #pragma unroll
             for (int from = 0; from < D; from += S::PIECE) {
-                if (from) {
+                if (from) {  // the first is on its way beside the scores
                     fill(part, 0);
                     times_second<T, D>(part, x2_bar, round_second<T, D>(w2), from);
                 }
