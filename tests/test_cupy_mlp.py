@@ -26,6 +26,8 @@ CELLS = [
     (Case("registers-d32-m32", "", 2, 64, 1, 32, 32), "fp16"),
     (Case("registers-m64", "", 1, 128, 1, 16, 64), "bf16"),
     (Case("registers-not-causal", "", 1, 128, 2, 32, 64, causal=False), "bf16"),
+    (Case("registers-d96", "", 1, 48, 1, 96, 16), "fp16"),
+    (Case("registers-d96-not-causal", "", 1, 48, 1, 96, 16, causal=False), "bf16"),
 ]
 
 
@@ -63,9 +65,12 @@ def assert_close(found, expected):
 
 
 @emulated
-def test_groups_of_saved_states_change_little():
-    inputs, cotangents = drawn(CASE, PROBLEM)
-    whole, cut = (both(inputs, cotangents, group=group) for group in (16, 2))
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 96, "tokens": 48}], ids=str)
+def test_groups_of_saved_states_change_little(changes):
+    case = replace(CASE, **changes)
+    problem = case.problem("mlp", "bf16")
+    inputs, cotangents = drawn(case, problem)
+    whole, cut = (both(inputs, cotangents, problem=problem, group=group) for group in (16, 2))
     assert all(torch.equal(x, y) for x, y in zip(whole[:5], cut[:5], strict=True))
     assert_close(cut, whole)  # the weights are computed again from LayerNorms in fp16
 
@@ -81,13 +86,16 @@ def test_a_cluster_of_two_blocks_does_the_same(changes):
 
 
 @emulated
-@pytest.mark.parametrize("split", [1, 2])
-def test_threads_in_the_opposite_order_give_the_same_bits(monkeypatch, split):
-    inputs, cotangents = drawn(CASE, PROBLEM)
-    expected = both(inputs, cotangents, split=split)
+@pytest.mark.parametrize(("d", "split"), [(16, 1), (16, 2), (96, 2)])
+def test_threads_in_the_opposite_order_give_the_same_bits(monkeypatch, d, split):
+    case = replace(CASE, head_dim=d, tokens=80 if d == 16 else 48)
+    problem = case.problem("mlp", "bf16")
+    inputs, cotangents = drawn(case, problem)
+    settings = {"problem": problem, "split": split, "group": 2}
+    expected = both(inputs, cotangents, **settings)
     run = emulator.run
     monkeypatch.setattr(emulator, "run", lambda kernel, grid, arguments: run(kernel, grid, arguments, order=1))
-    assert all(torch.equal(x, y) for x, y in zip(expected, both(inputs, cotangents, split=split), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(expected, both(inputs, cotangents, **settings), strict=True))
 
 
 @emulated
@@ -106,6 +114,17 @@ def test_refuses_settings_that_no_kernel_has():
     for setting in ({"group": 0}, {"split": 3}):
         with pytest.raises(ValueError, match="group, split: expected"):
             page.empty_residuals(inputs, PROBLEM, **setting)
+
+
+def test_a_state_of_96_columns_takes_two_blocks():
+    problem = replace(PROBLEM, head_dim=96)
+    inputs, _ = drawn(replace(CASE, head_dim=96), problem)
+    assert page.empty_residuals(inputs, problem).split == 2
+    with pytest.raises(ValueError, match="one of \\(2,\\), got 16, 1"):
+        page.empty_residuals(inputs, problem, split=1)
+    assert {kernel.cluster for kernel in page.kernels(problem)} == {2}
+    assert all("sm_80" not in kernel.architectures for kernel in page.kernels(problem))  # the dispatcher goes on
+    assert all(kernel.dynamic_shared_bytes <= 227 * 1024 for kernel in page.kernels(problem))
 
 
 @emulated
@@ -133,6 +152,8 @@ def test_says_what_it_cannot_solve():
     problem = CASE.problem("mlp", "bf16")
     assert limit(problem) is None
     assert "bf16, fp16" in limit(replace(problem, dtype="fp32"))
-    assert "head_dim" in limit(replace(problem, head_dim=96))
+    assert limit(replace(problem, head_dim=96)) is None
+    assert "mini_batch" in limit(replace(problem, head_dim=96, mini_batch=32, tokens=64))
+    assert "head_dim" in limit(replace(problem, head_dim=128))
     assert "mini_batch" in limit(replace(problem, mini_batch=8))
     assert cupy_ttt_mlp.RUNGS[-2:] == (page, cupy_plain_mlp)

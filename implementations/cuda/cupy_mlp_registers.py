@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous_like, default_split, view
-from implementations.cuda.mlp_registers_limits import limit
+from implementations.cuda.mlp_registers_limits import WIDE, limit, splits
 from implementations.cuda.module import launch
 from implementations.kernels import ARCHITECTURES, CudaKernel, architectures_with
 from spec.problem import Problem
@@ -117,7 +117,7 @@ class Residuals(NamedTuple):
 def forward(
     inputs: MlpInputs, problem: Problem, group: int = GROUP, split: int | None = None
 ) -> tuple[MlpOutputs, Residuals]:
-    """Outputs of TTT-MLP, and what `backward` needs; `split` blocks work on a chain, 1 or 2.
+    """Outputs of TTT-MLP, and what `backward` needs; `split` blocks work on a chain, 1 or 2, of D = 96 always 2.
 
     Raises:
         ValueError: a tensor has another shape, dtype, device or layout than the kernel takes.
@@ -140,13 +140,14 @@ def empty_residuals(inputs: MlpInputs, problem: Problem, group: int = GROUP, spl
     Raises:
         ValueError: `group` or `split` is not a number that the kernels know.
     """
-    if group < 1 or split not in (None, 1, 2):
-        raise ValueError(f"group, split: expected at least 1, and 1 or 2, got {group}, {split}")
+    allowed = splits(problem)
+    if group < 1 or split not in (None, *allowed):
+        raise ValueError(f"group, split: expected at least 1, and one of {allowed}, got {group}, {split}")
     chains, like = problem.batch * problem.heads, inputs.w1
     saved = like.new_empty(chains, -(-problem.mini_batches // group), 8 * problem.head_dim**2 + problem.hidden)
     norms = [like.new_empty(chains, problem.tokens, problem.head_dim, dtype=torch.float16) for _ in range(2)]
     norms += [like.new_empty(chains, problem.tokens) for _ in range(2)]
-    return Residuals(inputs, saved, *norms, group, split or default_split(problem, like.device))
+    return Residuals(inputs, saved, *norms, group, split or max(allowed[0], default_split(problem, like.device)))
 
 
 def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> MlpInputs:
@@ -188,8 +189,9 @@ def work_bytes(problem: Problem, group: int, split: int) -> int:
 
 
 def kernels(problem: Problem) -> tuple[CudaKernel, CudaKernel]:
-    """What both passes launch where one block has a chain."""
-    return forward_kernel(problem), backward_kernel(problem)
+    """What both passes launch with the fewest blocks a chain."""
+    split = splits(problem)[0]
+    return forward_kernel(problem, split), backward_kernel(problem, split)
 
 
 def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
@@ -198,7 +200,7 @@ def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
     row, chunks, warps = d + 8, m // 16, d // 8
     if chunks == 1:  # `ShortShared` in `mlp_forward_short.cu`
         shared = 11 * m * row * 2 + 2 * warps * 16 * row * 4 + (4 * 4 * d * 16 if split == 2 else 2 * 16)
-        shared += 4 * (4 * m + 4 * d // split + 2 * warps * d)
+        shared += 4 * (4 * m + 4 * d // split + 2 * _place_warps(d) * d)
         return _kernel(problem, "mlp_forward_short", shared, split)
     if not problem.causal:  # `NotCausalShared` in `mlp_forward_not_causal.cu`
         wide = problem.hidden // split + 8
@@ -226,25 +228,29 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
     row, chunks, warps = d + 8, m // 16, d // 8
     stages, half = 2 if chunks < 4 else 1, (chunks + 1) // 2
     squares = chunks * (chunks + 1) // 2 if causal else 0
-    ahead = causal and chunks == 1
+    bend = causal and chunks == 1
+    ahead = bend and d <= 64
     room = {1: 7, 2: 5}.get(chunks, 3 if causal else 4)
     shared = (  # `BackwardShared` in `mlp_backward.cu`
         14 * 8
         + 2 * 4 * d
         + 2 * 4 * d * 16
         + (2 * stages + 3) * m * row * 2
-        + (10 * m * row * 2 + warps * (128 * d + 1024) // split if ahead else 64 + 32 * warps)
+        + (10 * m * row * 2 + warps * 128 * d // split if ahead else 64 + 16 * warps)
+        + (warps * 1024 // split if bend else 16 * warps)
         + (2 if chunks == 2 else 1) * warps * 16 * row * 4
         + ((2 * chunks + 3 * half) * 4 * d * 16 + 8 * m if split == 2 else 64)
         + min(7 if causal else 5, room) * chunks * warps * 1024 // split
         + 2 * (squares + 1) * (1024 if chunks < 4 else 512)
-        + 4 * (3 * stages * m + m + 8 * d // split + warps * d + warps * m + m + 2 * (warps if causal else 1) * m)
+        + 4 * (3 * stages * m + m + 8 * d // split + _place_warps(d) * d)
+        + 4 * (warps * m + m + 2 * (warps if causal else 1) * m)
     )
     return _kernel(problem, "mlp_backward", shared, split)
 
 
 # Bytes a thread that spill on the worst of the architectures, with one block a chain: half of its registers are state.
-# By the kernel, and whether a mini-batch is more than one chunk of 16 tokens. A cluster has half of the state in each.
+# By the kernel, and whether a mini-batch is more than one chunk of 16 tokens. A cluster has half of the state in each,
+# and spills with D = 96 alone: 384 threads, 168 registers, 96 of them state.
 _SPILLS = {
     ("mlp_forward_short", False): 120,
     ("mlp_forward", True): 304,
@@ -252,12 +258,19 @@ _SPILLS = {
     ("mlp_backward", False): 500,
     ("mlp_backward", True): 1200,
 }
+_SPILLS_WIDE = {"mlp_forward_short": 520, "mlp_backward": 1024}
+
+
+def _place_warps(d: int) -> int:
+    """`Sizes::PLACE_WARPS` in `mlp.cuh`."""
+    return d // 8 if d % 3 else d // 12
 
 
 def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
     d, m, causal = problem.head_dim, problem.mini_batch, str(problem.causal).lower()
     sizes = (d, m) if name in ("mlp_forward", "mlp_forward_not_causal") else (d, m, causal)
     shared = -(-shared // 16) * 16
+    spills = _SPILLS_WIDE[name] if d == WIDE else _SPILLS[name, m > 16] if split == 1 else 0
     return CudaKernel(
         source=KERNELS / f"{name}.cu",
         expression=f"ttt::{name}<{KERNEL_DTYPE[problem.dtype]}, {', '.join(map(str, sizes))}>",
@@ -265,7 +278,7 @@ def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
         threads=4 * d,
         options=(f"-DTTT_SPLIT={split}",),
         dynamic_shared_bytes=shared,
-        declared_spill_bytes=_SPILLS[name, m > 16] if split == 1 else 0,
+        declared_spill_bytes=spills,
         cluster=split,
         architectures=architectures_with(shared) if split == 1 else ARCHITECTURES[1:],
     )
@@ -273,7 +286,8 @@ def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
 
 def static_kernels() -> Iterator[CudaKernel]:
     """The instances of the named cases in bf16."""
-    for mini_batch, causal, split in ((16, True, 1), (64, True, 1), (64, False, 1), (64, False, 2)):
-        problem = Problem("mlp", 1, mini_batch, 1, 64, mini_batch, causal, dtype="bf16")
+    settings = ((64, 16, True, 1), (64, 64, True, 1), (64, 64, False, 1), (64, 64, False, 2), (96, 16, True, 2))
+    for d, mini_batch, causal, split in settings:
+        problem = Problem("mlp", 1, mini_batch, 1, d, mini_batch, causal, dtype="bf16")
         yield forward_kernel(problem, split)
         yield backward_kernel(problem, split)

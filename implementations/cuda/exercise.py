@@ -19,6 +19,7 @@ from implementations.cuda import cupy_linear_split, cupy_mlp_registers, cupy_pla
 from implementations.exercise import Run, exercise
 
 SIZES = ((64, 16, True), (64, 64, True), (64, 64, False), (64, 32, True), (32, 32, False), (16, 16, False))  # D, M
+WIDE = ((96, 16, True), (96, 16, False))  # by two blocks a chain, in registers
 
 
 def runs() -> Iterator[Run]:
@@ -28,7 +29,8 @@ def runs() -> Iterator[Run]:
         backward = partial(cupy_linear_split.backward, split=split)
         yield Run(f"linear/split/{split}", "linear", forward, backward, SIZES, 3)
         forward = partial(cupy_mlp_registers.forward, group=2, split=split)
-        yield Run(f"mlp/registers/{split}", "mlp", forward, cupy_mlp_registers.backward, SIZES, 3)
+        sizes = SIZES + WIDE if split == 2 else SIZES
+        yield Run(f"mlp/registers/{split}", "mlp", forward, cupy_mlp_registers.backward, sizes, 3)
     forward, backward = partial(cupy_plain_linear.forward, group=2), cupy_plain_linear.backward
     yield Run("linear/plain", "linear", forward, backward, SIZES, 3)
     forward, backward = partial(cupy_plain_mlp.forward, group=2), cupy_plain_mlp.backward

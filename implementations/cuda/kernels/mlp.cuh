@@ -1,6 +1,7 @@
 // What the tensor-core kernels of TTT-MLP share: the fast weights in the registers of a block, and products with them.
 //
 // A block of D / 8 warps holds one chain, or a cluster of SPLIT = 2 blocks does, each with half of the hidden columns.
+// D = 96 takes a cluster: a block of 384 threads has 168 registers for each.
 // Warp i owns SLICE = 32 / SPLIT hidden columns f of both layers, as fp32 accumulators of the transposed weights, so
 // that an update, which accumulates, is a product into them; D / SPLIT registers a lane for each layer:
 //     W1^T [SLICE f, D]: w1[i][j] is the 16 x 8 tile of f tile i and d tile j
@@ -31,7 +32,8 @@ constexpr int SPLIT = TTT_SPLIT;   // blocks of a chain
 constexpr int SLICE = 32 / SPLIT;  // hidden columns of one warp
 constexpr int FT = SLICE / 8, FK = SLICE / 16;
 
-struct alignas(16) Four { float x[4]; };
+template <int N> struct alignas(N % 4 ? 8 : 16) Floats { float x[N]; };
+using Four = Floats<4>;
 struct alignas(16) Words { uint32_t x[4]; };
 struct alignas(8) Two { float x[2]; };
 struct alignas(8) Pair { uint32_t x[2]; };
@@ -39,7 +41,10 @@ struct alignas(8) Pair { uint32_t x[2]; };
 template <int D> struct Sizes {
     static constexpr int F = 4 * D, OWN = F / SPLIT, WARPS = OWN / SLICE, THREADS = 32 * WARPS;
     static constexpr int ROW = D + 8;             // of a tile of tokens in shared memory: no bank conflicts
-    static constexpr int LANES = D / 4;           // of one token, four d each, where rows are summed
+    static constexpr int PIECE = D > 64 ? 32 : D; // columns of a warp's part of [16, D] that are in registers at once
+    // Where rows are summed: how many d of a token a thread has, and how many lanes, a power of two, have the token. In
+    // sixes (D = 96) the last third of the warps has no place.
+    static constexpr int EACH = D % 3 ? 4 : 6, LANES = D / EACH, PLACES = CHUNK * LANES, PLACE_WARPS = PLACES / 32;
     static constexpr int PARTIAL = CHUNK * ROW;   // floats of one warp's part of [16, D]
     static constexpr int RECORD = (8 * D * D + F) / SPLIT;  // floats of a block's fast weights: w1, w2, b1
 };
@@ -197,31 +202,44 @@ TTT_INLINE void as_a(uint32_t (&a)[4], const Columns& x, int k) {  // columns f 
 TTT_INLINE void as_a_trans(uint32_t (&a)[4], const Columns& x_t, int k) {  // rows f = 16k .. 16k + 15
     a[0] = x_t.x[2 * k][0], a[1] = x_t.x[2 * k + 1][0], a[2] = x_t.x[2 * k][1], a[3] = x_t.x[2 * k + 1][1];
 }
+
+template <int P> TTT_INLINE void fill(float (&y)[P][4], float x) {
+#pragma unroll
+    for (int n = 0; n < P; n++)
+        for (int e = 0; e < 4; e++) y[n][e] = x;
+}
+template <int P> TTT_INLINE void scale_rows(float (&y)[P][4], const float (&step)[2]) {
+#pragma unroll
+    for (int n = 0; n < P; n++)
+        for (int e = 0; e < 4; e++) y[n][e] *= step[e / 2];
+}
+
+// Of y [16, D] the next may have P x 8 columns from `from` on alone, a constant once loops are unrolled.
 // y [16, D] += x [16, SLICE f] w2.
-template <typename T, int D, typename W>
-TTT_INLINE void times_second(float (&y)[D / 8][4], const Columns& x, const W& w2) {
+template <typename T, int D, typename W, int P>
+TTT_INLINE void times_second(float (&y)[P][4], const Columns& x, const W& w2, int from = 0) {
 #pragma unroll
     for (int k = 0; k < FK; k++) {
         uint32_t a[4], b[4];
         as_a(a, x, k);
 #pragma unroll
-        for (int m = 0; m < D / 16; m++) {
-            w2.quad(b, m * FK + k);
+        for (int m = 0; m < P / 2; m++) {
+            w2.quad(b, (from / 16 + m) * FK + k);
             mma<T>(y[2 * m], a, b[0], b[2]);
             mma<T>(y[2 * m + 1], a, b[1], b[3]);
         }
     }
 }
 // y [16, D] += x [16, SLICE f] w1^T, of w1 transposed.
-template <typename T, int D, typename W>
-TTT_INLINE void times_first_t(float (&y)[D / 8][4], const Columns& x, const W& w1_t) {
+template <typename T, int D, typename W, int P>
+TTT_INLINE void times_first_t(float (&y)[P][4], const Columns& x, const W& w1_t, int from = 0) {
 #pragma unroll
     for (int k = 0; k < FK; k++) {
         uint32_t a[4], b[4];
         as_a(a, x, k);
 #pragma unroll
-        for (int n = 0; n < D / 16; n++) {
-            w1_t.quad(b, k * (D / 16) + n);
+        for (int n = 0; n < P / 2; n++) {
+            w1_t.quad(b, k * (D / 16) + from / 16 + n);
             mma<T>(y[2 * n], a, b[0], b[1]);
             mma<T>(y[2 * n + 1], a, b[2], b[3]);
         }
@@ -261,12 +279,12 @@ template <typename T> TTT_INLINE void times_columns(float (&z)[FT][4], const uin
     for (int n = 0; n < FT; n++) mma<T>(z[n], p, x_t.x[n][0], x_t.x[n][1]);
 }
 // y [16, D] += p [16, 16 tokens] of 16 rows of a tile.
-template <typename T, int D>
-TTT_INLINE void times_rows(float (&y)[D / 8][4], const uint32_t (&p)[4], const T* tile, int row, int lane) {
+template <typename T, int D, int P>
+TTT_INLINE void times_rows(float (&y)[P][4], const uint32_t (&p)[4], const T* tile, int row, int lane, int from = 0) {
 #pragma unroll
-    for (int n = 0; n < D / 8; n += 2) {
+    for (int n = 0; n < P; n += 2) {
         uint32_t b[4];
-        load_b<D + 8>(b, tile, row, 8 * n, lane);
+        load_b<D + 8>(b, tile, row, from + 8 * n, lane);
         mma<T>(y[n], p, b[0], b[1]);
         mma<T>(y[n + 1], p, b[2], b[3]);
     }
@@ -301,25 +319,32 @@ template <typename T> TTT_INLINE void round_scores(uint32_t (&a)[4], const float
 
 // --- Sums over f: what each warp has of [16, D] goes through shared memory, and is summed in the order of warps ---
 
-// Where this thread has what was summed: a token, and four d.
+// Where this thread has what was summed: a token, and EACH d.
 template <int D> struct Place {
     int token, d;
-    TTT_INLINE Place(int thread) : token(thread / Sizes<D>::LANES), d(4 * (thread % Sizes<D>::LANES)) {}
+    TTT_INLINE Place(int thread)
+        : token(thread / Sizes<D>::LANES), d(Sizes<D>::EACH * (thread % Sizes<D>::LANES)) {}
 };
-template <int D> TTT_INLINE void store_partial(float* partial, const float (&y)[D / 8][4], int lane) {
-    float* row = partial + lane / 4 * Sizes<D>::ROW + lane % 4 * 2;
+// Whether it has a place.
+template <int D> TTT_INLINE bool has_place(int thread) {
+    return Sizes<D>::PLACES == Sizes<D>::THREADS || thread < Sizes<D>::PLACES;
+}
+template <int D> using Values = Floats<Sizes<D>::EACH>;
+template <int D, int P> TTT_INLINE void store_partial(float* partial, const float (&y)[P][4], int lane, int from = 0) {
+    float* row = partial + lane / 4 * Sizes<D>::ROW + lane % 4 * 2 + from;
 #pragma unroll
-    for (int n = 0; n < D / 8; n++) {
+    for (int n = 0; n < P; n++) {
         *reinterpret_cast<Two*>(row + 8 * n) = {y[n][0], y[n][1]};
         *reinterpret_cast<Two*>(row + 8 * Sizes<D>::ROW + 8 * n) = {y[n][2], y[n][3]};
     }
 }
-template <int D> TTT_INLINE Four sum_partials(const float* partials, const Place<D>& at) {
-    Four sum = {0, 0, 0, 0};
+template <int D> TTT_INLINE Values<D> sum_partials(const float* partials, const Place<D>& at) {
+    Values<D> sum = {};
 #pragma unroll
     for (int w = 0; w < Sizes<D>::WARPS; w++) {
-        Four part = *reinterpret_cast<const Four*>(partials + w * Sizes<D>::PARTIAL + at.token * Sizes<D>::ROW + at.d);
-        for (int i = 0; i < 4; i++) sum.x[i] += part.x[i];
+        const float* from = partials + w * Sizes<D>::PARTIAL + at.token * Sizes<D>::ROW + at.d;
+        Values<D> part = *reinterpret_cast<const Values<D>*>(from);
+        for (int i = 0; i < Sizes<D>::EACH; i++) sum.x[i] += part.x[i];
     }
     return sum;
 }
@@ -362,26 +387,32 @@ TTT_INLINE int column_of(int lane) {
 }
 TTT_INLINE bool owns_column(int lane) { return lane / 4 % (4 / FT) == 0; }
 
-// --- LayerNorm over D, of the four d of a `Place` ---
+// --- LayerNorm over D, of the d of a `Place` ---
 
-struct Norm { float x_hat[4], rstd; };
+template <int N> struct Normed { float x_hat[N], rstd; };
+using Norm = Normed<4>;
+template <int D> using NormOf = Normed<Sizes<D>::EACH>;
 
-template <int D> TTT_INLINE Norm normalise(const Four& z, float eps) {
-    Norm norm;
-    float mean = sum_token<D>(z.x[0] + z.x[1] + z.x[2] + z.x[3]) * (1.0f / D);
+template <int D> TTT_INLINE NormOf<D> normalise(const Values<D>& z, float eps) {
+    constexpr int EACH = Sizes<D>::EACH;
+    NormOf<D> norm;
+    float sum = z.x[0];
+    for (int i = 1; i < EACH; i++) sum += z.x[i];
+    float mean = sum_token<D>(sum) * (1.0f / D);
     float square = 0;
-    for (int i = 0; i < 4; i++) norm.x_hat[i] = z.x[i] - mean, square += norm.x_hat[i] * norm.x_hat[i];
+    for (int i = 0; i < EACH; i++) norm.x_hat[i] = z.x[i] - mean, square += norm.x_hat[i] * norm.x_hat[i];
     norm.rstd = rsqrt(sum_token<D>(square) * (1.0f / D) + eps);
-    for (int i = 0; i < 4; i++) norm.x_hat[i] *= norm.rstd;
+    for (int i = 0; i < EACH; i++) norm.x_hat[i] *= norm.rstd;
     return norm;
 }
 // rstd (d - mean(d) - x_hat mean(d x_hat))
-template <int D> TTT_INLINE Four project(const Four& d, const Norm& norm) {
+template <int D> TTT_INLINE Values<D> project(const Values<D>& d, const NormOf<D>& norm) {
+    constexpr int EACH = Sizes<D>::EACH;
     float sum = 0, along = 0;
-    for (int i = 0; i < 4; i++) sum += d.x[i], along += d.x[i] * norm.x_hat[i];
+    for (int i = 0; i < EACH; i++) sum += d.x[i], along += d.x[i] * norm.x_hat[i];
     sum = sum_token<D>(sum) * (1.0f / D), along = sum_token<D>(along) * (1.0f / D);
-    Four y;
-    for (int i = 0; i < 4; i++) y.x[i] = norm.rstd * (d.x[i] - sum - norm.x_hat[i] * along);
+    Values<D> y;
+    for (int i = 0; i < EACH; i++) y.x[i] = norm.rstd * (d.x[i] - sum - norm.x_hat[i] * along);
     return y;
 }
 
@@ -451,6 +482,27 @@ template <typename T> TTT_INLINE Four load_four(const T* p) {
 template <typename T> TTT_INLINE Four load_four(const T* p, bool aligned) {
     if (aligned) return load_four(p);
     return {to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+
+// The same of what a `Place` has.
+template <typename T, int N> TTT_INLINE void store_values(T* p, const float (&x)[N]) {
+    if constexpr (N == 4) store_four(p, x);
+    else
+#pragma unroll
+        for (int i = 0; i < N; i += 2) reinterpret_cast<uint32_t*>(p)[i / 2] = pack<T>(x[i], x[i + 1]);
+}
+template <int D, typename T> TTT_INLINE Values<D> load_values(const T* p, bool aligned = true) {
+    if constexpr (Sizes<D>::EACH == 4) return load_four(p, aligned);
+    else {
+        Values<D> y;
+#pragma unroll
+        for (int i = 0; i < Sizes<D>::EACH; i += 2)
+            if (aligned) {
+                const float2 two = unpack<T>(reinterpret_cast<const uint32_t*>(p)[i / 2]);
+                y.x[i] = two.x, y.x[i + 1] = two.y;
+            } else y.x[i] = to_float(p[i]), y.x[i + 1] = to_float(p[i + 1]);
+        return y;
+    }
 }
 
 // Columns of a warp in its own slot of memory, each lane's words for itself.

@@ -7,7 +7,7 @@
 //     back:  mini-batch by mini-batch, the cotangents; d_w waits in global memory while `again` has the registers
 // Every warp has its hidden columns. A mini-batch goes in chunks of 16 tokens, through these loops, where
 // "sum" is a sum over warps through shared memory, and what a later loop needs is kept in the warp's own slots:
-//     norms     d_z2_bar through the output's LayerNorm, and g_z2 again: D / 4 lanes a token
+//     norms     d_z2_bar through the output's LayerNorm, and g_z2 again: D / EACH lanes a token
 //     read      z1_bar, x2_bar, d_x2_bar, d_z1_bar                       -> sum: d_xq
 //     update    z1, g_x2, g_z1; what d_w pulls back; d_g_z1, d_g_x2      -> sum: d_g_z2, then the second order: d_z2
 //     first     d_x2, d_z1                                               -> sum: d_xk
@@ -27,8 +27,9 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     using S = Sizes<D>;
     using Shared = BackwardShared<T, D, M, CAUSAL>;
     using W = Work<D, M>;
-    constexpr int CHUNKS = M / CHUNK, F = S::F, ROW = S::ROW, STAGES = Shared::STAGES;
-    constexpr bool AHEAD = Shared::AHEAD;
+    constexpr int CHUNKS = M / CHUNK, F = S::F, ROW = S::ROW, STAGES = Shared::STAGES, EACH = S::EACH;
+    constexpr bool AHEAD = Shared::AHEAD, FAR = S::PIECE < D;  // FAR: rounded weights are read where they are used
+    static_assert(!FAR || CHUNKS == 1);
     constexpr int PAIR = SPLIT == 2 && CHUNKS > 1 ? 2 : 1;  // chunks whose products overlap in time
     constexpr int TOGETHER = CHUNKS < 2 * SPLIT ? CHUNKS : 2 * SPLIT;  // chunks that are loaded before one is stored
     TTT_SHARED(memory);
@@ -51,8 +52,8 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             static_cast<const fp16*>(a.x_hat) + tokens * D, static_cast<const fp16*>(a.x_hat_bar) + tokens * D,
             a.rstd + tokens, a.rstd_bar + tokens, a.work + blockIdx.x * a.work_size};
     }
-    auto held = [&](int c) -> Four& {  // d_target of this thread's place
-        return reinterpret_cast<Four*>(s.base.work + W::D_WEIGHTS)[c * S::THREADS + thread];
+    auto held = [&](int c) -> Values<D>& {  // d_target of this thread's place
+        return reinterpret_cast<Values<D>*>(s.base.work + W::D_WEIGHTS)[c * S::PLACES + thread];
     };
     auto work_d_w = [&] { return reinterpret_cast<float*>(s.base.work); };
     auto work_attn = [&](int number) -> Words& {  // d_attn1 of a square, of this warp
@@ -61,10 +62,11 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
         )[(number * S::WARPS + warp) * 32 + lane];
     };
 
-    float d_b2[4], d_eta_last = 0;
-    for (int i = 0; i < 4; i++) d_b2[i] = a.d_final_b2[chain * D + at.d + i];
+    float d_b2[EACH], d_eta_last = 0;
+    for (int i = 0; i < EACH; i++) d_b2[i] = a.d_final_b2[chain * D + at.d + i];
     if (thread < D) s.gamma[thread] = a.ln_weight[head * D + thread], s.beta[thread] = a.ln_bias[head * D + thread];
-    s.d_gamma[thread] = s.d_beta[thread] = {0, 0, 0, 0};
+    if (has_place<D>(thread))
+        for (int i = 0; i < EACH; i++) s.d_gamma[thread].x[i] = s.d_beta[thread].x[i] = 0;
     if (thread < S::OWN) s.d_b1[thread] = a.d_final_b1[chain * F + rank * S::OWN + thread];
     for (int i = thread; i < M; i += S::THREADS) s.token_eta[i] = a.token_eta[i];
     if (CAUSAL)
@@ -89,18 +91,22 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     // The rounded weights of a slot, as they lie or with every block transposed.
     auto first_of = [&](int k) {
         if constexpr (AHEAD) return Blocks<false>{s.weights[warp], lane};
+        else if constexpr (FAR) return Far<D, false>{weights_of(k) + thread};
         else return restore_words<D, First<D>>(weights_of(k), thread);
     };
     auto first_t_of = [&](int k) {
         if constexpr (AHEAD) return Blocks<true>{s.weights[warp], lane};
+        else if constexpr (FAR) return Far<D, true>{weights_of(k) + thread};
         else return transpose(restore_words<D, First<D>>(weights_of(k), thread));
     };
     auto second_r_of = [&](int k) {
         if constexpr (AHEAD) return Blocks<false>{s.weights[warp] + 16 * D / SPLIT, lane};
+        else if constexpr (FAR) return Far<D, false>{second_of(k) + thread};
         else return restore_words<D, Second<D>>(second_of(k), thread);
     };
     auto second_t_of = [&](int k) {
         if constexpr (AHEAD) return Blocks<true>{s.weights[warp] + 16 * D / SPLIT, lane};
+        else if constexpr (FAR) return Far<D, true>{second_of(k) + thread};
         else return transpose(restore_words<D, Second<D>>(second_of(k), thread));
     };
     float next_lr = 0, next_rstd = 0, next_rstd_bar = 0;  // of token `thread`, on their way to shared memory
@@ -150,59 +156,67 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     int turn = 0;
     // A sum over warps: every warp posts its part, and behind a barrier takes the sum, where its place is. What it does in
     // between fills the time until all have come. `wait`: the last sum may still be being taken.
-    auto post = [&](const float(&part)[D / 8][4], bool wait = (M > CHUNK)) {
+    auto post = [&](const float(&part)[S::PIECE / 8][4], bool wait = (M > CHUNK)) {
         if (Shared::SUMS == 1 && wait) sync();
         store_partial<D>(s.partials[turn] + warp * S::PARTIAL, part, lane);
     };
+    // Where parts come in pieces, one behind the first.
+    auto post_more = [&](const float(&part)[S::PIECE / 8][4], int from) {
+        store_partial<D>(s.partials[turn] + warp * S::PARTIAL, part, lane, from);
+    };
     auto take = [&] {
         sync();
-        const Four sum = sum_partials<D>(s.partials[turn], at);
+        Values<D> sum;
+        if (has_place<D>(thread)) sum = sum_partials<D>(s.partials[turn], at);
         turn = (turn + 1) % Shared::SUMS;
         return sum;
     };
-    // Of row `row` of mini-batch n: four d of what is there.
+    // Of row `row` of mini-batch n: this place's d of what is there.
     auto norm_of = [&](int n, int row) {
         const int stage = n % STAGES;
-        Four x;
-        if constexpr (AHEAD) x = load_four(s.x_hat[stage] + row * ROW + at.d);
-        else x = load_four(s.base.x_hat + (int64_t(n) * M + row) * D + at.d);
-        return Norm{{x.x[0], x.x[1], x.x[2], x.x[3]}, s.rstd[stage][row]};
+        Values<D> x;
+        if constexpr (AHEAD) x = load_values<D>(s.x_hat[stage] + row * ROW + at.d);
+        else x = load_values<D>(s.base.x_hat + (int64_t(n) * M + row) * D + at.d);
+        return norm_of_saved<D>(x, s.rstd[stage][row]);
     };
     auto norm_bar_of = [&](int n, int row) {
         const int stage = n % STAGES;
-        Four x;
-        if constexpr (AHEAD) x = load_four(s.x_hat_bar[stage] + row * ROW + at.d);
-        else x = load_four(s.base.x_hat_bar + (int64_t(n) * M + row) * D + at.d);
-        return Norm{{x.x[0], x.x[1], x.x[2], x.x[3]}, s.rstd_bar[stage][row]};
+        Values<D> x;
+        if constexpr (AHEAD) x = load_values<D>(s.x_hat_bar[stage] + row * ROW + at.d);
+        else x = load_values<D>(s.base.x_hat_bar + (int64_t(n) * M + row) * D + at.d);
+        return norm_of_saved<D>(x, s.rstd_bar[stage][row]);
     };
     auto d_out_of = [&](int n, int row) {
-        if constexpr (AHEAD) return load_four(s.d_out[n % STAGES] + row * ROW + at.d);
-        else return load_four(s.base.d_out + (int64_t(n) * M + row) * a.d_out.t + at.d, a.aligned);
+        if constexpr (AHEAD) return load_values<D>(s.d_out[n % STAGES] + row * ROW + at.d);
+        else return load_values<D>(s.base.d_out + (int64_t(n) * M + row) * a.d_out.t + at.d, a.aligned);
     };
     // LN(z2) - target
-    auto inner_error = [&](const Norm& norm, int n, int row) {
-        Four v, k = load_four(s.xk[n % STAGES] + row * ROW + at.d);
-        if constexpr (AHEAD) v = load_four(s.xv[n % STAGES] + row * ROW + at.d);
-        else v = load_four(s.base.xv + (int64_t(n) * M + row) * a.xv.t + at.d, a.aligned);
-        Four error;
-        for (int i = 0; i < 4; i++)
+    auto inner_error = [&](const NormOf<D>& norm, int n, int row) {
+        Values<D> v, k = load_values<D>(s.xk[n % STAGES] + row * ROW + at.d);
+        if constexpr (AHEAD) v = load_values<D>(s.xv[n % STAGES] + row * ROW + at.d);
+        else v = load_values<D>(s.base.xv + (int64_t(n) * M + row) * a.xv.t + at.d, a.aligned);
+        Values<D> error;
+        for (int i = 0; i < EACH; i++)
             error.x[i] = s.gamma[at.d + i] * norm.x_hat[i] + s.beta[at.d + i] - (v.x[i] - k.x[i]);
         return error;
     };
-    auto times_gamma = [&](const Four& x) {
-        const Four gamma = *reinterpret_cast<const Four*>(s.gamma + at.d);
-        return Four{x.x[0] * gamma.x[0], x.x[1] * gamma.x[1], x.x[2] * gamma.x[2], x.x[3] * gamma.x[3]};
+    auto times_gamma = [&](const Values<D>& x) {
+        const Values<D> gamma = *reinterpret_cast<const Values<D>*>(s.gamma + at.d);
+        Values<D> y;
+        for (int i = 0; i < EACH; i++) y.x[i] = x.x[i] * gamma.x[i];
+        return y;
     };
 
     // Norms: d_z2_bar of a mini-batch, its sum over tokens, and g_z2 again.
-    float read_b2[4];
+    float read_b2[EACH];
     auto norms = [&](int n) {
         const int turn = n % Shared::NORMS;
-        for (int i = 0; i < 4; i++) read_b2[i] = 0;
+        for (int i = 0; i < EACH; i++) read_b2[i] = 0;
+        if (!has_place<D>(thread)) return;
 #pragma unroll 1
         for (int first = 0; first < CHUNKS; first += TOGETHER) {
-            Norm norm_bar[TOGETHER], norm[TOGETHER];
-            Four d_y[TOGETHER], error[TOGETHER];
+            NormOf<D> norm_bar[TOGETHER], norm[TOGETHER];
+            Values<D> d_y[TOGETHER], error[TOGETHER];
 #pragma unroll
             for (int c = 0; c < TOGETHER; c++) {
                 const int row = CHUNK * (first + c) + at.token;
@@ -212,14 +226,14 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
 #pragma unroll
             for (int c = 0; c < TOGETHER; c++) {
                 const int at_row = (CHUNK * (first + c) + at.token) * ROW + at.d;
-                const Four d_z2_bar = project<D>(times_gamma(d_y[c]), norm_bar[c]);
-                for (int i = 0; i < 4; i++) {
+                const Values<D> d_z2_bar = project<D>(times_gamma(d_y[c]), norm_bar[c]);
+                for (int i = 0; i < EACH; i++) {
                     s.d_gamma[thread].x[i] += d_y[c].x[i] * norm_bar[c].x_hat[i];
                     s.d_beta[thread].x[i] += d_y[c].x[i];
                     read_b2[i] += d_z2_bar.x[i];
                 }
-                store_four(s.d_z2_bar[turn] + at_row, d_z2_bar.x);
-                store_four(s.g_z2[turn] + at_row, project<D>(times_gamma(error[c]), norm[c]).x);
+                store_values(s.d_z2_bar[turn] + at_row, d_z2_bar.x);
+                store_values(s.g_z2[turn] + at_row, project<D>(times_gamma(error[c]), norm[c]).x);
             }
         }
     };
@@ -258,9 +272,9 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     const float* lr_n = s.lr[n % STAGES];
                     if (STAGES == 2 && n + 1 < end) fetch(n + 1, false);
 #pragma unroll 1
-                    for (int first = 0; first < CHUNKS; first += TOGETHER) {
-                        Norm norm[TOGETHER];
-                        Four error[TOGETHER];
+                    for (int first = 0; first < CHUNKS && has_place<D>(thread); first += TOGETHER) {
+                        NormOf<D> norm[TOGETHER];
+                        Values<D> error[TOGETHER];
 #pragma unroll
                         for (int c = 0; c < TOGETHER; c++) {
                             const int row = CHUNK * (first + c) + at.token;
@@ -269,10 +283,10 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
 #pragma unroll
                         for (int c = 0; c < TOGETHER; c++) {
                             const int row = CHUNK * (first + c) + at.token;
-                            Four g_z2 = project<D>(times_gamma(error[c]), norm[c]);
-                            store_four(s.g_z2[0] + row * ROW + at.d, g_z2.x);
-                            for (int i = 0; i < 4; i++) g_z2.x[i] *= -eta_last * lr_n[row];
-                            store_four(s.d_z2 + row * ROW + at.d, g_z2.x);
+                            Values<D> g_z2 = project<D>(times_gamma(error[c]), norm[c]);
+                            store_values(s.g_z2[0] + row * ROW + at.d, g_z2.x);
+                            for (int i = 0; i < EACH; i++) g_z2.x[i] *= -eta_last * lr_n[row];
+                            store_values(s.d_z2 + row * ROW + at.d, g_z2.x);
                         }
                     }
                     sync();
@@ -350,19 +364,20 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
 
             refresh();
             if (!AHEAD) norms(n);
-            float step_b2[4];
-            for (int i = 0; i < 4; i++) step_b2[i] = read_b2[i];
+            float step_b2[EACH];
+            for (int i = 0; i < EACH; i++) step_b2[i] = read_b2[i];
             auto share_b2 = [&]() {
+                if (!has_place<D>(thread)) return;
+                Values<D> sum;
 #pragma unroll
-                for (int i = 0; i < 4; i++) step_b2[i] = sum_tokens<D>(step_b2[i]);
-                if (lane < S::LANES)
-                    *reinterpret_cast<Four*>(&s.b2_part[warp][at.d]) = {step_b2[0], step_b2[1], step_b2[2], step_b2[3]};
+                for (int i = 0; i < EACH; i++) sum.x[i] = step_b2[i] = sum_tokens<D>(step_b2[i]);
+                if (lane < S::LANES) *reinterpret_cast<Values<D>*>(&s.b2_part[warp][at.d]) = sum;
             };
             auto add_b2 = [&]() {
 #pragma unroll
-                for (int w = 0; w < S::WARPS; w++) {
-                    Four part = *reinterpret_cast<const Four*>(&s.b2_part[w][at.d]);
-                    for (int i = 0; i < 4; i++) d_b2[i] += part.x[i], step_b2[i] = 0;
+                for (int w = 0; w < S::PLACE_WARPS; w++) {
+                    Values<D> part = *reinterpret_cast<const Values<D>*>(&s.b2_part[w][at.d]);
+                    for (int i = 0; i < EACH; i++) d_b2[i] += part.x[i], step_b2[i] = 0;
                 }
             };
             if (!CAUSAL) share_b2();
@@ -370,13 +385,13 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             if (!CAUSAL) add_b2();
             // The inner gradient's second order, as in implementations/torch/blocks.py: d_z2, d_xv, and d_target for
             // d_xk.
-            auto second_order = [&](Four d_g, int c, const Norm& norm, const Four& error) {
+            auto second_order = [&](Values<D> d_g, int c, const NormOf<D>& norm, const Values<D>& error) {
                 const int row = CHUNK * c + at.token;
                 const int64_t token = int64_t(n) * M + row;
-                const Four p = times_gamma(error);
-                const Four g_z2 = project<D>(p, norm);
+                const Values<D> p = times_gamma(error);
+                const Values<D> g_z2 = project<D>(p, norm);
                 float along_p = 0, along_b2 = 0, along_d_g = 0, through_rstd = 0;
-                for (int i = 0; i < 4; i++) {
+                for (int i = 0; i < EACH; i++) {
                     d_g.x[i] += scale * lr_n[row] * d_b2[i];
                     along_p += p.x[i] * norm.x_hat[i], along_b2 += g_z2.x[i] * d_b2[i];
                     along_d_g += d_g.x[i] * norm.x_hat[i], through_rstd += d_g.x[i] * g_z2.x[i];
@@ -385,36 +400,38 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                 along_d_g = sum_token<D>(along_d_g) * (1.0f / D),
                 through_rstd = sum_token<D>(through_rstd) * (1.0f / D);
                 if (at.d == 0) s.along_b2[row] = along_b2;
-                const Four d_p = project<D>(d_g, norm), d_error = times_gamma(d_p);
-                Four d_x_hat = times_gamma(d_error);
-                for (int i = 0; i < 4; i++) {
+                const Values<D> d_p = project<D>(d_g, norm), d_error = times_gamma(d_p);
+                Values<D> d_x_hat = times_gamma(d_error);
+                for (int i = 0; i < EACH; i++) {
                     d_x_hat.x[i] -= norm.rstd * (along_p * d_g.x[i] + along_d_g * p.x[i]);
                     s.d_gamma[thread].x[i] += d_p.x[i] * error.x[i] + d_error.x[i] * norm.x_hat[i];
                     s.d_beta[thread].x[i] += d_error.x[i];
                 }
-                Four d_z2 = project<D>(d_x_hat, norm), d_target;
-                for (int i = 0; i < 4; i++) {
+                Values<D> d_z2 = project<D>(d_x_hat, norm), d_target;
+                for (int i = 0; i < EACH; i++) {
                     d_z2.x[i] -= norm.rstd * norm.x_hat[i] * through_rstd, step_b2[i] += d_z2.x[i];
                     d_target.x[i] = -d_error.x[i];
                 }
-                store_four(s.d_z2 + row * ROW + at.d, d_z2.x);
-                if (c % SPLIT == rank) store_four(s.base.d_xv + token * own_stride + at.d, d_target.x);
+                store_values(s.d_z2 + row * ROW + at.d, d_z2.x);
+                if (c % SPLIT == rank) store_values(s.base.d_xv + token * own_stride + at.d, d_target.x);
                 held(c) = d_target;
             };
             // Of a cluster: the sum of both blocks.
             auto both = [&](int own, int sent) {
-                const Four x = s.mine[own][thread], y = s.sent[sent][thread];
-                return Four{x.x[0] + y.x[0], x.x[1] + y.x[1], x.x[2] + y.x[2], x.x[3] + y.x[3]};
+                Values<D> x = s.mine[own][thread];
+                const Values<D> y = s.sent[sent][thread];
+                for (int i = 0; i < EACH; i++) x.x[i] += y.x[i];
+                return x;
             };
-            auto write_d_xq = [&](Four sum, int c) {
-                const Four d_y = d_out_of(n, CHUNK * c + at.token);
-                for (int i = 0; i < 4; i++) sum.x[i] += d_y.x[i];
-                store_four(s.base.d_xq + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
+            auto write_d_xq = [&](Values<D> sum, int c) {
+                const Values<D> d_y = d_out_of(n, CHUNK * c + at.token);
+                for (int i = 0; i < EACH; i++) sum.x[i] += d_y.x[i];
+                store_values(s.base.d_xq + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
             };
-            auto write_d_xk = [&](Four sum, int c) {
-                const Four d_target = held(c);
-                for (int i = 0; i < 4; i++) sum.x[i] -= d_target.x[i];
-                store_four(s.base.d_xk + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
+            auto write_d_xk = [&](Values<D> sum, int c) {
+                const Values<D> d_target = held(c);
+                for (int i = 0; i < EACH; i++) sum.x[i] -= d_target.x[i];
+                store_values(s.base.d_xk + (int64_t(n) * M + CHUNK * c + at.token) * own_stride + at.d, sum.x);
             };
             auto eta_of = [&](int i, int j,
                               int e) {  // of token rows in chunk i, columns in chunk j; 0 above the diagonal
@@ -477,7 +494,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     start_columns(z1, b1, t);
                     times_first<T, D>(z1, xk_tile, CHUNK * c, w1_r, lane);
                     times_second_t<T, D>(g_z1, g_z2_tile, CHUNK * c, w2_t, lane);
-                    if constexpr (AHEAD) {
+                    if constexpr (Shared::BEND) {
                         float slope[FT][4], bend[FT][4];
 #pragma unroll
                         for (int k = 0; k < FT; k++) {
@@ -539,8 +556,9 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     const Columns x2_bar_t = transpose(round_columns<T>(z1_bar)),
                                   d_z1_bar_r = round_columns<T>(d_z1_bar);
                     const Columns d_z1_bar_t = transpose(d_z1_bar_r);
-                    float part[D / 8][4] = {};
-                    if constexpr (AHEAD) times_first_t<T, D>(part, d_z1_bar_r, first_t_of(now));
+                    float part[S::PIECE / 8][4] = {};
+                    uint32_t p[4];
+                    if constexpr (AHEAD || FAR) times_first_t<T, D>(part, d_z1_bar_r, first_t_of(now));
                     else {
                         if (CHUNKS > 1) pin(w1_r);
                         times_first_t<T, D>(part, d_z1_bar_r, transpose(w1_r));
@@ -562,19 +580,26 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                                 d_attn.x[e] = d_score * eta_of(c, j, e);
                             }
                             add_d_eta(d_eta, c, j);
-                            uint32_t p[4];
                             square_as_a<T>(p, d_attn);
                             times_rows<T, D>(part, p, xk_tile, CHUNK * j, lane);
                             work_attn(number) = {p[0], p[1], p[2], p[3]};
                         }
                     }
                     post(part);
+#pragma unroll
+                    for (int from = S::PIECE; from < D; from += S::PIECE) {
+                        fill(part, 0);
+                        times_first_t<T, D>(part, d_z1_bar_r, first_t_of(now), from);
+                        if (CAUSAL) times_rows<T, D>(part, p, xk_tile, 0, lane, from);
+                        post_more(part, from);
+                    }
                     if (!CAUSAL) {
                         update_first<T, D>(d_w1, d_z1_bar_t, xq_tile, CHUNK * c, lane);
                         update_second<T, D>(d_w2, x2_bar_t, d_z2_bar_tile, CHUNK * c, lane);
                     }
-                    const Four sum = take();
+                    const Values<D> sum = take();
                     if (SPLIT == 1) write_d_xq(sum, c);
+                    else if (!has_place<D>(thread)) continue;
                     else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = sum;
                     else other->sent[CHUNKS + c / 2][thread] = sum;
                 }
@@ -602,7 +627,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     const Second<D> d_w2_r = round_second<T, D>(d_w2);
                     times_second_t<T, D>(pulled_x2, g_z2_tile, CHUNK * c, transpose(d_w2_r), lane);
                     Columns x2_r;
-                    if constexpr (AHEAD) {
+                    if constexpr (Shared::BEND) {
                         x2_r = kept(slot(X2, c), lane);
                         const Columns slope_r = kept(slot(SLOPE, c), lane), g_z1_r = kept(slot(G_Z1, c), lane);
                         const Columns bend_r = kept(s.bend[warp], lane);
@@ -644,11 +669,10 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                         along[h] += shuffle_xor(along[h], 1), along[h] += shuffle_xor(along[h], 2);
                         if (t == 0) s.along[warp][CHUNK * c + g + 8 * h] = along[h];
                     }
-                    float part[D / 8][4] = {};
+                    float part[S::PIECE / 8][4] = {};
+                    uint32_t p[4];
                     times_second<T, D>(part, x2_r, d_w2_r);
-#pragma unroll
-                    for (int k = 0; k < D / 8; k++)
-                        for (int e = 0; e < 4; e++) part[k][e] *= step[e / 2];
+                    scale_rows(part, step);
                     if (CAUSAL) {
 #pragma unroll 1
                         for (int i = c; i < CHUNKS; i++) {
@@ -666,7 +690,6 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                                 attn1.x[e] *= -eta, d_scores2.x[e] *= eta, read2.x[e] = -eta * attn;
                             }
                             add_d_eta(d_eta, i, c);
-                            uint32_t p[4];
                             square_as_a<T>(p, attn1);
                             transpose_a(p);
                             times_columns<T>(pulled1, p, kept(slot(D_Z1_BAR, i), lane));
@@ -690,14 +713,23 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     keep(slot(G_X2, c), d_g_x2, lane);
                     times_second<T, D>(part, d_g_x2, second_r_of(n - begin));
                     post(part, true);
+#pragma unroll
+                    for (int from = S::PIECE; from < D; from += S::PIECE) {
+                        fill(part, 0);
+                        times_second<T, D>(part, x2_r, d_w2_r, from);
+                        scale_rows(part, step);
+                        if (CAUSAL) times_rows<T, D>(part, p, d_z2_bar_tile, 0, lane, from);
+                        times_second<T, D>(part, d_g_x2, second_r_of(n - begin), from);
+                        post_more(part, from);
+                    }
                     if (SPLIT == 1) {
-                        const Norm norm = norm_of(n, CHUNK * c + at.token);
-                        const Four error = inner_error(norm, n, CHUNK * c + at.token);
+                        const NormOf<D> norm = norm_of(n, CHUNK * c + at.token);
+                        const Values<D> error = inner_error(norm, n, CHUNK * c + at.token);
                         second_order(take(), c, norm, error);
                         continue;
                     }
-                    const Four d_g = take();
-                    s.mine[c][thread] = d_g, other->sent[c][thread] = d_g;
+                    const Values<D> d_g = take();
+                    if (has_place<D>(thread)) s.mine[c][thread] = d_g, other->sent[c][thread] = d_g;
                 }
             }
             float along = 0, d_lr_read = 0;  // of token `thread`
@@ -713,19 +745,20 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                 sum_along();
                 if (rank == 1 && thread < M) other->sent_along[thread] = along, other->sent_lr[thread] = d_lr_read;
                 refresh();
-                Norm norm[CHUNKS];
-                Four error[CHUNKS];
+                NormOf<D> norm[CHUNKS];
+                Values<D> error[CHUNKS];
 #pragma unroll
-                for (int c = 0; c < CHUNKS; c++) {
+                for (int c = 0; c < CHUNKS && has_place<D>(thread); c++) {
                     const int row = CHUNK * c + at.token;
                     norm[c] = norm_of(n, row), error[c] = inner_error(norm[c], n, row);
                 }
                 cluster_sync();
 #pragma unroll
-                for (int c = 0; c < CHUNKS; c++) second_order(both(c, c), c, norm[c], error[c]);
+                for (int c = 0; c < CHUNKS && has_place<D>(thread); c++) second_order(both(c, c), c, norm[c], error[c]);
 #pragma unroll
                 for (int c = 0; c < CHUNKS; c += 2)
-                    if (c + rank < CHUNKS) write_d_xq(both(CHUNKS + c / 2, CHUNKS + c / 2), c + rank);
+                    if (c + rank < CHUNKS && has_place<D>(thread))
+                        write_d_xq(both(CHUNKS + c / 2, CHUNKS + c / 2), c + rank);
                 if (rank == 0 && thread < M) along += s.sent_along[thread], d_lr_read += s.sent_lr[thread];
             }
             share_b2();
@@ -749,11 +782,9 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     if (CHUNKS > 1) refresh();
                     if (CHUNKS > 1) pin(d_w1);
                     const float step[2] = {scale * lr_n[CHUNK * c + g], scale * lr_n[CHUNK * c + g + 8]};
-                    float part[D / 8][4] = {}, d_z1[FT][4] = {};
+                    float part[S::PIECE / 8][4] = {}, d_z1[FT][4] = {};
                     times_first_t<T, D>(part, kept(slot(G_Z1, c), lane), transpose(round_first<T, D>(d_w1)));
-#pragma unroll
-                    for (int k = 0; k < D / 8; k++)
-                        for (int e = 0; e < 4; e++) part[k][e] *= step[e / 2];
+                    scale_rows(part, step);
                     times_second_t<T, D>(d_z1, s.d_z2, CHUNK * c, w2_t, lane);
                     const Columns slope = kept(slot(SLOPE, c), lane), known = kept(slot(Z1, c), lane);
 #pragma unroll
@@ -778,11 +809,25 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     }
                     if (AHEAD && n > begin) arrived(n - 1);  // the sum's barrier is behind it
                     post(part);
+#pragma unroll
+                    for (int from = S::PIECE; from < D; from += S::PIECE) {
+                        fill(part, 0);
+                        times_first_t<T, D>(part, kept(slot(G_Z1, c), lane), transpose(round_first<T, D>(d_w1)), from);
+                        scale_rows(part, step);
+                        times_first_t<T, D>(part, d_z1_r, w1_t, from);
+                        if (CAUSAL) {
+                            Words p = work_attn(0);
+                            transpose_a(p.x);
+                            times_rows<T, D>(part, p.x, xq_tile, 0, lane, from);
+                        }
+                        post_more(part, from);
+                    }
                     update_second<T, D>(d_w2, transpose(kept(slot(X2, c), lane)), s.d_z2, CHUNK * c, lane);
                     update_second<T, D>(d_w2, transpose(kept(slot(G_X2, c), lane)), g_z2_tile, CHUNK * c, lane);
                     if (CAUSAL) update_second<T, D>(d_w2, kept(slot(X2_BAR, c), lane), d_z2_bar_tile, CHUNK * c, lane);
-                    const Four sum = take();
+                    const Values<D> sum = take();
                     if (SPLIT == 1) write_d_xk(sum, c);
+                    else if (!has_place<D>(thread)) continue;
                     else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = sum;
                     else other->sent[CHUNKS + Shared::HALF + c / 2][thread] = sum;
                 }
@@ -801,7 +846,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             if (owns_column(lane)) d_b1[column_of(lane)] += step;
             if (SPLIT == 2) {
                 cluster_sync();
-                for (int c = rank; c < CHUNKS; c += 2)
+                for (int c = rank; c < CHUNKS && has_place<D>(thread); c += 2)
                     write_d_xk(both(CHUNKS + c / 2, CHUNKS + Shared::HALF + c / 2), c);
             } else if (STAGES == 1) sync();
             if (STAGES == 1 && n > begin) fetch(n - 1, true);
@@ -818,14 +863,17 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     if (thread < S::OWN) a.d_b1[chain * F + rank * S::OWN + thread] = s.d_b1[thread];
     float* last = s.partials[0];
     if (thread < M) last[thread] = d_eta_last;
-    Four d_gamma = s.d_gamma[thread], d_beta = s.d_beta[thread];
+    if (has_place<D>(thread)) {
+        Values<D> d_gamma = s.d_gamma[thread], d_beta = s.d_beta[thread];
 #pragma unroll
-    for (int i = 0; i < 4; i++) d_gamma.x[i] = sum_tokens<D>(d_gamma.x[i]), d_beta.x[i] = sum_tokens<D>(d_beta.x[i]);
-    if (lane < S::LANES)
-        for (int i = 0; i < 4; i++) {
-            last[M + warp * 2 * D + at.d + i] = d_gamma.x[i], last[M + warp * 2 * D + D + at.d + i] = d_beta.x[i];
-            if (warp + rank == 0) a.d_b2[chain * D + at.d + i] = d_b2[i];
-        }
+        for (int i = 0; i < EACH; i++)
+            d_gamma.x[i] = sum_tokens<D>(d_gamma.x[i]), d_beta.x[i] = sum_tokens<D>(d_beta.x[i]);
+        if (lane < S::LANES)
+            for (int i = 0; i < EACH; i++) {
+                last[M + warp * 2 * D + at.d + i] = d_gamma.x[i], last[M + warp * 2 * D + D + at.d + i] = d_beta.x[i];
+                if (warp + rank == 0) a.d_b2[chain * D + at.d + i] = d_b2[i];
+            }
+    }
     sync();
     for (int i = thread; i < M; i += S::THREADS) {
         float sum = 0;
@@ -837,7 +885,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     }
     for (int i = thread; i < 2 * D && rank == 0; i += S::THREADS) {
         float sum = 0;
-        for (int w = 0; w < S::WARPS; w++) sum += last[M + w * 2 * D + i];
+        for (int w = 0; w < S::PLACE_WARPS; w++) sum += last[M + w * 2 * D + i];
         (i < D ? a.d_ln_weight : a.d_ln_bias)[chain * D + i % D] = sum;
     }
 }

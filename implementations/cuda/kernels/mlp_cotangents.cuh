@@ -39,17 +39,18 @@ template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     static constexpr int KEPT_SHARED = KEPT < ROOM ? KEPT : ROOM;  // the others in global memory
     static constexpr int SQUARES = CAUSAL ? CHUNKS * (CHUNKS + 1) / 2 : 0;
     static constexpr bool WIDE = CHUNKS < 4;                                // squares in fp32
-    // One chunk, causal: there is room for all that a mini-batch reads, copied while the one before it is computed.
-    static constexpr bool AHEAD = CHUNKS == 1 && CAUSAL;
+    // One chunk, causal: what the read-out computes of z1 is kept for the update; and up to D = 64 there is room for
+    // all that a mini-batch reads, copied while the one before it is computed.
+    static constexpr bool BEND = CHUNKS == 1 && CAUSAL, AHEAD = BEND && D <= 64;
     static constexpr int SUMS = CHUNKS == 2 ? 2 : 1;  // buffers of partial sums
     Bases<T> base;
     float gamma[D], beta[D];
-    Four d_gamma[S::THREADS], d_beta[S::THREADS];  // of each thread's place
+    Values<D> d_gamma[S::PLACES], d_beta[S::PLACES];  // of each thread's place
     T xq[STAGES][TILE], xk[STAGES][TILE];
     T xv[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], d_out[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
     fp16 x_hat[AHEAD ? STAGES : 1][AHEAD ? TILE : 8], x_hat_bar[AHEAD ? STAGES : 1][AHEAD ? TILE : 8];
     uint32_t weights[S::WARPS][AHEAD ? 32 * D / SPLIT : 4];     // of w1 and w2, 8 x 8 blocks of this warp
-    uint32_t bend[S::WARPS][AHEAD ? SLOT_WORDS : 4];  // g_x2 gelu''(z1)
+    uint32_t bend[S::WARPS][BEND ? SLOT_WORDS : 4];  // g_x2 gelu''(z1)
     static constexpr int NORMS = AHEAD ? 2 : 1;  // mini-batches whose LayerNorms are done
     T g_z2[NORMS][TILE], d_z2_bar[NORMS][TILE];
     T d_z2[TILE];  // `again`: -eta_last lr g_z2
@@ -57,13 +58,13 @@ template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     // Of a cluster: what this block summed of a chunk, and what the other sent: of d_g_z2, and of d_xq and d_xk, which
     // go to the block that writes the chunk.
     static constexpr int HALF = (CHUNKS + 1) / 2;
-    Four mine[SPLIT == 1 ? 1 : CHUNKS + HALF][SPLIT == 1 ? 1 : S::THREADS];
-    Four sent[SPLIT == 1 ? 1 : CHUNKS + 2 * HALF][SPLIT == 1 ? 1 : S::THREADS];
+    Values<D> mine[SPLIT == 1 ? 1 : CHUNKS + HALF][SPLIT == 1 ? 1 : S::PLACES];
+    Values<D> sent[SPLIT == 1 ? 1 : CHUNKS + 2 * HALF][SPLIT == 1 ? 1 : S::PLACES];
     float sent_along[SPLIT == 1 ? 4 : M], sent_lr[SPLIT == 1 ? 4 : M];
     uint32_t kept[KEPT_SHARED][CHUNKS][S::WARPS][SLOT_WORDS];
     uint32_t attn1[SQUARES + 1][WIDE ? 256 : 128], d_scores2[SQUARES + 1][WIDE ? 256 : 128];
     float lr[STAGES][M], rstd[STAGES][M], rstd_bar[STAGES][M], token_eta[M], b1[S::OWN], d_b1[S::OWN],
-        b2_part[S::WARPS][D];
+        b2_part[S::PLACE_WARPS][D];
     float along[S::WARPS][M], along_b2[M];
     float lr_part[CAUSAL ? S::WARPS : 1][M], eta_part[CAUSAL ? S::WARPS : 1][M];
 };
@@ -101,6 +102,15 @@ template <int D, typename W> TTT_INLINE W restore_words(const Words* from, int t
     }
     return w;
 }
+// The same read where they are used, as they lie or with every block transposed.
+template <int D, bool TRANSPOSED> struct Far {
+    const Words* p;
+    TTT_INLINE void quad(uint32_t (&r)[4], int q) const {
+        const Words y = p[q * Sizes<D>::THREADS];
+#pragma unroll
+        for (int i = 0; i < 4; i++) r[i] = TRANSPOSED ? movmatrix(y.x[i]) : y.x[i];
+    }
+};
 // The same as 8 x 8 blocks one after another, which ldmatrix gives as they are or transposed.
 template <int D> TTT_INLINE void save_blocks(uint32_t* to, First<D> w1, Second<D> w2, int lane) {
     constexpr int BLOCKS = D / 2 / SPLIT;
@@ -169,6 +179,13 @@ TTT_INLINE void pin(int& x) {
 #ifdef __CUDACC__
     asm volatile("" : "+r"(x));
 #endif
+}
+
+template <int D> TTT_INLINE NormOf<D> norm_of_saved(const Values<D>& x_hat, float rstd) {
+    NormOf<D> norm;
+    for (int i = 0; i < Sizes<D>::EACH; i++) norm.x_hat[i] = x_hat.x[i];
+    norm.rstd = rstd;
+    return norm;
 }
 
 TTT_INLINE void add_columns(float (&sums)[2 * FT], const float (&z)[FT][4]) {

@@ -8,6 +8,7 @@
 //     z1, q1, x2 and this warp's part of z2                                   then a barrier
 //     sums over warps; out of n - 1; g_z2 of n                                then a barrier
 //     g_z1; causal, z1_bar, x2_bar and this warp's part of z2_bar; the updates
+// D = 96 takes a cluster: 96 of a thread's 168 registers are state, and parts of z2 and z2_bar are made in pieces.
 // Not causal, z2_bar of n - 1 is computed from the weights that n starts from, beside z2 of n.
 #include "mlp_arguments.cuh"
 
@@ -19,9 +20,9 @@ template <typename T, int D, bool CAUSAL> struct ShortShared {
     T xq[3][TILE], xk[3][TILE], xv[3][TILE];
     T g_z2[TILE];
     T step_z2[TILE];  // -eta_last lr g_z2
-    float partials[2][S::WARPS * S::PARTIAL];                                 // of z2 and of z2_bar
-    Four sent[SPLIT == 1 ? 1 : 2][2][SPLIT == 1 ? 1 : S::THREADS];  // by the other block of a cluster, in turns
-    float lr[3][CHUNK], token_eta[CHUNK], b1[S::OWN], b2_part[2][S::WARPS][D];
+    float partials[2][S::WARPS * S::PARTIAL];                            // of z2 and of z2_bar
+    Values<D> sent[SPLIT == 1 ? 1 : 2][2][SPLIT == 1 ? 1 : S::PLACES];  // by the other block of a cluster, in turns
+    float lr[3][CHUNK], token_eta[CHUNK], b1[S::OWN], b2_part[2][S::PLACE_WARPS][D];
 };
 
 template <typename T, int D, int M, bool CAUSAL>
@@ -30,7 +31,7 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
     static_assert(M == CHUNK);
     using S = Sizes<D>;
     using Shared = ShortShared<T, D, CAUSAL>;
-    constexpr int F = S::F, ROW = S::ROW;
+    constexpr int F = S::F, ROW = S::ROW, EACH = S::EACH;
     TTT_SHARED(memory);
     auto& s = *reinterpret_cast<Shared*>(memory);
     const int rank = SPLIT == 1 ? 0 : cluster_rank();
@@ -50,8 +51,8 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
     float *rstd = a.rstd + own + at.token, *rstd_bar = a.rstd_bar + own + at.token;
     const float eps = float(a.eps), eta_last = a.token_eta[M - 1];
 
-    float gamma[4], beta[4], b2[4];
-    for (int i = 0; i < 4; i++) {
+    float gamma[EACH], beta[EACH], b2[EACH];
+    for (int i = 0; i < EACH; i++) {
         gamma[i] = a.ln_weight[head * D + at.d + i], beta[i] = a.ln_bias[head * D + at.d + i];
         b2[i] = a.b2[chain * D + at.d + i];
     }
@@ -59,7 +60,7 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
     float* b1 = s.b1 + SLICE * warp;
     if (lane < SLICE) b1[lane] = a.b1[chain * F + column + lane];
     if (thread < M) s.token_eta[thread] = a.token_eta[thread];
-    for (int i = thread; i < 2 * S::WARPS * D; i += S::THREADS) (&s.b2_part[0][0][0])[i] = 0;
+    for (int i = thread; i < 2 * S::PLACE_WARPS * D; i += S::THREADS) (&s.b2_part[0][0][0])[i] = 0;
     float w1[FK][D / 8][4], w2[D / 16][FT][4];
     load_weights<D>(w1, w2, a.w1 + chain * F * D, a.w2 + chain * F * D, column, lane);
 
@@ -104,7 +105,7 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
             const First<D> w1_r = round_first<T, D>(w1);
             const Second<D> w2_r = round_second<T, D>(w2);
             if (n < N) {
-                float z1[FT][4], part[D / 8][4] = {}, first[FT][4];
+                float z1[FT][4], first[FT][4];
                 start_columns(z1, b1, t);
                 times_first<T, D>(z1, xk_tile, 0, w1_r, lane);
                 if (CAUSAL) {
@@ -118,65 +119,82 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
                 }
                 x2 = round_columns<T>(z1);
                 slope = round_columns<fp16>(first);
-                times_second<T, D>(part, x2, w2_r);
-                store_partial<D>(s.partials[0] + warp * S::PARTIAL, part, lane);
+#pragma unroll
+                for (int from = 0; from < D; from += S::PIECE) {
+                    float part[S::PIECE / 8][4] = {};
+                    times_second<T, D>(part, x2, w2_r, from);
+                    store_partial<D>(s.partials[0] + warp * S::PARTIAL, part, lane, from);
+                }
             }
             if (!CAUSAL && n > 0) {
-                float z1_bar[FT][4], part[D / 8][4] = {};
+                float z1_bar[FT][4];
                 start_columns(z1_bar, b1, t);
                 times_first<T, D>(z1_bar, xq_tile, 0, w1_r, lane);
-                times_second<T, D>(part, gelu_columns(z1_bar), w2_r);
-                store_partial<D>(s.partials[1] + warp * S::PARTIAL, part, lane);
+                const Columns x2_bar = gelu_columns(z1_bar);
+#pragma unroll
+                for (int from = 0; from < D; from += S::PIECE) {
+                    float part[S::PIECE / 8][4] = {};
+                    times_second<T, D>(part, x2_bar, w2_r, from);
+                    store_partial<D>(s.partials[1] + warp * S::PARTIAL, part, lane, from);
+                }
             }
         }
         sync();
 
-        Four z2 = sum_partials<D>(s.partials[0], at), z2_bar = sum_partials<D>(s.partials[1], at);
+        Values<D> z2, z2_bar;
         bool writes = n > 0;  // out of mini-batch n - 1; of a cluster, the blocks in turn
+        if (has_place<D>(thread)) z2 = sum_partials<D>(s.partials[0], at), z2_bar = sum_partials<D>(s.partials[1], at);
         if (SPLIT == 2) {
-            auto& sent = s.sent[n & 1];
             auto& send = other->sent[n & 1];
             writes = writes && (n & 1) == rank;
-            send[0][thread] = z2;
-            if ((n & 1) != rank) send[1][thread] = z2_bar;
-            cluster_sync();
-            for (int i = 0; i < 4; i++) z2.x[i] += sent[0][thread].x[i], z2_bar.x[i] += sent[1][thread].x[i];
-        }
-        float last_b2[4];
-        for (int i = 0; i < 4; i++) last_b2[i] = b2[i];
-#pragma unroll
-        for (int w = 0; w < S::WARPS; w++) {  // of mini-batch n - 1
-            Four part = *reinterpret_cast<const Four*>(&s.b2_part[(n + 1) & 1][w][at.d]);
-            for (int i = 0; i < 4; i++) b2[i] += part.x[i];
-        }
-        if (n < N) {
-            for (int i = 0; i < 4; i++) z2.x[i] += b2[i];
-            const Norm norm = normalise<D>(z2, eps);
-            const Four k = load_four(xk_tile + at.token * ROW + at.d),
-                       v = load_four(s.xv[stage] + at.token * ROW + at.d);
-            Four p;
-            for (int i = 0; i < 4; i++) p.x[i] = gamma[i] * (gamma[i] * norm.x_hat[i] + beta[i] - (v.x[i] - k.x[i]));
-            Four g_z2 = project<D>(p, norm);
-            store_four(s.g_z2 + at.token * ROW + at.d, g_z2.x);
-            const float step = -eta_last * lr_n[at.token];
-            for (int i = 0; i < 4; i++) g_z2.x[i] *= step;
-            store_four(s.step_z2 + at.token * ROW + at.d, g_z2.x);
-            if (n % SPLIT == rank) {
-                store_four(x_hat + int64_t(n) * M * D, norm.x_hat);
-                if (at.d == 0) rstd[n * M] = norm.rstd;
+            if (has_place<D>(thread)) {
+                send[0][thread] = z2;
+                if ((n & 1) != rank) send[1][thread] = z2_bar;
             }
-#pragma unroll
-            for (int i = 0; i < 4; i++) g_z2.x[i] = sum_tokens<D>(g_z2.x[i]);
-            if (lane < S::LANES) *reinterpret_cast<Four*>(&s.b2_part[n & 1][warp][at.d]) = g_z2;
+            cluster_sync();
         }
-        if (writes) {
-            for (int i = 0; i < 4; i++) z2_bar.x[i] += CAUSAL ? last_b2[i] : b2[i];
-            const Norm norm = normalise<D>(z2_bar, eps);
-            Four x = load_four(s.xq[(n - 1 + LATE) % 3] + at.token * ROW + at.d);
-            for (int i = 0; i < 4; i++) x.x[i] += gamma[i] * norm.x_hat[i] + beta[i];
-            store_four(out + int64_t(n - 1) * M * a.heads * D, x.x);
-            store_four(x_hat_bar + int64_t(n - 1) * M * D, norm.x_hat);
-            if (at.d == 0) rstd_bar[(n - 1) * M] = norm.rstd;
+        if (has_place<D>(thread)) {
+            if (SPLIT == 2) {
+                auto& sent = s.sent[n & 1];
+                for (int i = 0; i < EACH; i++) z2.x[i] += sent[0][thread].x[i], z2_bar.x[i] += sent[1][thread].x[i];
+            }
+            float last_b2[EACH];
+            for (int i = 0; i < EACH; i++) last_b2[i] = b2[i];
+#pragma unroll
+            for (int w = 0; w < S::PLACE_WARPS; w++) {  // of mini-batch n - 1
+                Values<D> part = *reinterpret_cast<const Values<D>*>(&s.b2_part[(n + 1) & 1][w][at.d]);
+                for (int i = 0; i < EACH; i++) b2[i] += part.x[i];
+            }
+            if (n < N) {
+                for (int i = 0; i < EACH; i++) z2.x[i] += b2[i];
+                const NormOf<D> norm = normalise<D>(z2, eps);
+                const Values<D> k = load_values<D>(xk_tile + at.token * ROW + at.d),
+                                v = load_values<D>(s.xv[stage] + at.token * ROW + at.d);
+                Values<D> p;
+                for (int i = 0; i < EACH; i++)
+                    p.x[i] = gamma[i] * (gamma[i] * norm.x_hat[i] + beta[i] - (v.x[i] - k.x[i]));
+                Values<D> g_z2 = project<D>(p, norm);
+                store_values(s.g_z2 + at.token * ROW + at.d, g_z2.x);
+                const float step = -eta_last * lr_n[at.token];
+                for (int i = 0; i < EACH; i++) g_z2.x[i] *= step;
+                store_values(s.step_z2 + at.token * ROW + at.d, g_z2.x);
+                if (n % SPLIT == rank) {
+                    store_values(x_hat + int64_t(n) * M * D, norm.x_hat);
+                    if (at.d == 0) rstd[n * M] = norm.rstd;
+                }
+#pragma unroll
+                for (int i = 0; i < EACH; i++) g_z2.x[i] = sum_tokens<D>(g_z2.x[i]);
+                if (lane < S::LANES) *reinterpret_cast<Values<D>*>(&s.b2_part[n & 1][warp][at.d]) = g_z2;
+            }
+            if (writes) {
+                for (int i = 0; i < EACH; i++) z2_bar.x[i] += CAUSAL ? last_b2[i] : b2[i];
+                const NormOf<D> norm = normalise<D>(z2_bar, eps);
+                Values<D> x = load_values<D>(s.xq[(n - 1 + LATE) % 3] + at.token * ROW + at.d);
+                for (int i = 0; i < EACH; i++) x.x[i] += gamma[i] * norm.x_hat[i] + beta[i];
+                store_values(out + int64_t(n - 1) * M * a.heads * D, x.x);
+                store_values(x_hat_bar + int64_t(n - 1) * M * D, norm.x_hat);
+                if (at.d == 0) rstd_bar[(n - 1) * M] = norm.rstd;
+            }
         }
         if (n == N) break;
         copy_async_wait<0>();
@@ -205,7 +223,7 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
             round_scores<T>(read, p);
             times_columns<T>(q1, read, transpose(round_columns<T>(g_z1)));  // now z1_bar
             const Columns x2_bar = gelu_columns(q1);
-            float part[D / 8][4] = {};
+            float part[S::PIECE / 8][4] = {};
             times_second<T, D>(part, x2_bar, round_second<T, D>(w2));
             float attn2[2][4] = {};
             scores<T>(attn2, x2_bar, x2);
@@ -213,8 +231,15 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
             for (int e = 0; e < 8; e++)
                 attn2[e / 4][e % 4] = eta[e] * (attn2[e / 4][e % 4] + (warp + rank == 0 ? 1.0f : 0.0f));
             round_scores<T>(read, attn2);
-            times_rows<T, D>(part, read, s.g_z2, 0, lane);
-            store_partial<D>(s.partials[1] + warp * S::PARTIAL, part, lane);
+#pragma unroll
+            for (int from = 0; from < D; from += S::PIECE) {
+                if (from) {  // the first is on its way beside the scores
+                    fill(part, 0);
+                    times_second<T, D>(part, x2_bar, round_second<T, D>(w2), from);
+                }
+                times_rows<T, D>(part, read, s.g_z2, 0, lane, from);
+                store_partial<D>(s.partials[1] + warp * S::PARTIAL, part, lane, from);
+            }
         }
 #pragma unroll
         for (int k = 0; k < FT; k++) {
@@ -232,7 +257,7 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
     store_weights<D>(a.final_w1 + chain * F * D, a.final_w2 + chain * F * D, w1, w2, column, lane);
     if (lane < SLICE) a.final_b1[chain * F + column + lane] = b1[lane];
     if (thread < S::LANES && rank == 0)
-        for (int i = 0; i < 4; i++) a.final_b2[chain * D + at.d + i] = b2[i];
+        for (int i = 0; i < EACH; i++) a.final_b2[chain * D + at.d + i] = b2[i];
 }
 
 }  // namespace ttt
