@@ -24,6 +24,7 @@ CELLS = [
     (replace(CASES["stress-strided"], name="registers-strided", tokens=48, batch=1), "bf16"),
     (Case("registers-d64", "", 1, 32, 1, 64, 16), "bf16"),
     (Case("registers-d32-m32", "", 2, 64, 1, 32, 32), "fp16"),
+    (CASES["stress-tiny"], "fp16"),  # g_z2 cancels what an x_hat in fp16 is off by
     (Case("registers-m64", "", 1, 128, 1, 16, 64), "bf16"),
     (Case("registers-not-causal", "", 1, 128, 2, 32, 64, causal=False), "bf16"),
     (Case("registers-d96", "", 1, 48, 1, 96, 16), "fp16"),

@@ -505,6 +505,31 @@ template <int D, typename T> TTT_INLINE Values<D> load_values(const T* p, bool a
     }
 }
 
+// The x_hat of a `Place`, for the backward in 16 bits: an fp16 number, or beside fp16 tensors, where that would be the
+// largest error of all in g_z2 (small, if LN(z2) is near its target), a whole number of steps: |x_hat| < sqrt(D).
+template <typename T> constexpr bool IN_STEPS = false;
+template <> constexpr bool IN_STEPS<fp16> = true;
+template <int D> constexpr float STEPS = 32767.0f / (D <= 16 ? 4 : D <= 36 ? 6 : D <= 64 ? 8 : 10);
+template <typename T, int D> TTT_INLINE void store_hat(fp16* p, const float (&x)[Sizes<D>::EACH]) {
+    if constexpr (IN_STEPS<T>) {
+        auto steps = [](float y) { return int(y * STEPS<D> + (y < 0 ? -0.5f : 0.5f)); };
+#pragma unroll
+        for (int i = 0; i < Sizes<D>::EACH; i += 2)
+            reinterpret_cast<uint32_t*>(p)[i / 2] = (uint32_t(steps(x[i])) & 0xffff) | uint32_t(steps(x[i + 1])) << 16;
+    } else store_values(p, x);
+}
+template <typename T, int D> TTT_INLINE Values<D> load_hat(const fp16* p) {
+    if constexpr (IN_STEPS<T>) {
+        Values<D> y;
+#pragma unroll
+        for (int i = 0; i < Sizes<D>::EACH; i += 2) {
+            const uint32_t two = reinterpret_cast<const uint32_t*>(p)[i / 2];
+            y.x[i] = int16_t(two & 0xffff) * (1 / STEPS<D>), y.x[i + 1] = int16_t(two >> 16) * (1 / STEPS<D>);
+        }
+        return y;
+    } else return load_values<D>(p);
+}
+
 // Columns of a warp in its own slot of memory, each lane's words for itself.
 constexpr int SLOT_WORDS = 64 * FT;
 TTT_INLINE void keep(uint32_t* slot, const Columns& x, int lane) {

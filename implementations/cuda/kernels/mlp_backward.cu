@@ -175,15 +175,15 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     auto norm_of = [&](int n, int row) {
         const int stage = n % STAGES;
         Values<D> x;
-        if constexpr (AHEAD) x = load_values<D>(s.x_hat[stage] + row * ROW + at.d);
-        else x = load_values<D>(s.base.x_hat + (int64_t(n) * M + row) * D + at.d);
+        if constexpr (AHEAD) x = load_hat<T, D>(s.x_hat[stage] + row * ROW + at.d);
+        else x = load_hat<T, D>(s.base.x_hat + (int64_t(n) * M + row) * D + at.d);
         return norm_of_saved<D>(x, s.rstd[stage][row]);
     };
     auto norm_bar_of = [&](int n, int row) {
         const int stage = n % STAGES;
         Values<D> x;
-        if constexpr (AHEAD) x = load_values<D>(s.x_hat_bar[stage] + row * ROW + at.d);
-        else x = load_values<D>(s.base.x_hat_bar + (int64_t(n) * M + row) * D + at.d);
+        if constexpr (AHEAD) x = load_hat<T, D>(s.x_hat_bar[stage] + row * ROW + at.d);
+        else x = load_hat<T, D>(s.base.x_hat_bar + (int64_t(n) * M + row) * D + at.d);
         return norm_of_saved<D>(x, s.rstd_bar[stage][row]);
     };
     auto d_out_of = [&](int n, int row) {

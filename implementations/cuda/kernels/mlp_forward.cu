@@ -10,7 +10,7 @@
 // z2_bar is summed. A cluster hands over what its blocks summed, z2 to both and z2_bar of every other chunk.
 //
 // Bytes: the inputs and out once; for the backward the fast weights of every `group`-th mini-batch in fp32 (8 D D + 4 D
-// floats in group M tokens), and x_hat (fp16) and rstd of both LayerNorms, 4 D + 8 bytes a token.
+// floats in group M tokens), and x_hat (16 bits, `store_hat`) and rstd of both LayerNorms, 4 D + 8 bytes a token.
 #include "mlp_arguments.cuh"
 
 namespace ttt {
@@ -103,7 +103,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
         Four x = load_four(tile + row * ROW + at.d);
         for (int i = 0; i < 4; i++) x.x[i] += gamma[i] * norm.x_hat[i] + beta[i];
         store_four(out + token * out_stride + at.d, x.x);
-        store_four(x_hat_bar + token * D + at.d, norm.x_hat);
+        store_hat<T, D>(x_hat_bar + token * D + at.d, norm.x_hat);
         if (at.d == 0) rstd_bar[token] = norm.rstd;
     };
 
@@ -164,7 +164,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
             for (int i = 0; i < 4; i++) g_z2.x[i] *= step, step_b2[i] += g_z2.x[i];
             store_four(s.step_z2 + row * ROW + at.d, g_z2.x);
             if (c % SPLIT != rank) return;
-            store_four(x_hat + (int64_t(n) * M + row) * D + at.d, norm.x_hat);
+            store_hat<T, D>(x_hat + (int64_t(n) * M + row) * D + at.d, norm.x_hat);
             if (at.d == 0) rstd[int64_t(n) * M + row] = norm.rstd;
         };
         {

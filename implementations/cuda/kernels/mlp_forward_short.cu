@@ -179,7 +179,7 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
                 for (int i = 0; i < EACH; i++) g_z2.x[i] *= step;
                 store_values(s.step_z2 + at.token * ROW + at.d, g_z2.x);
                 if (n % SPLIT == rank) {
-                    store_values(x_hat + int64_t(n) * M * D, norm.x_hat);
+                    store_hat<T, D>(x_hat + int64_t(n) * M * D, norm.x_hat);
                     if (at.d == 0) rstd[n * M] = norm.rstd;
                 }
 #pragma unroll
@@ -192,7 +192,7 @@ mlp_forward_short(const __grid_constant__ ForwardArguments a) {
                 Values<D> x = load_values<D>(s.xq[(n - 1 + LATE) % 3] + at.token * ROW + at.d);
                 for (int i = 0; i < EACH; i++) x.x[i] += gamma[i] * norm.x_hat[i] + beta[i];
                 store_values(out + int64_t(n - 1) * M * a.heads * D, x.x);
-                store_values(x_hat_bar + int64_t(n - 1) * M * D, norm.x_hat);
+                store_hat<T, D>(x_hat_bar + int64_t(n - 1) * M * D, norm.x_hat);
                 if (at.d == 0) rstd_bar[(n - 1) * M] = norm.rstd;
             }
         }
