@@ -73,6 +73,8 @@ def test_right_against_the_oracle(worker, dtype, changes, tmp_path):
         ("bf16", {"heads": 2, "tokens": 64, "strided": True}),  # one chunk of four mini-batches
         ("bf16", {"tokens": 96, "causal": False}),  # three chunks of two
         ("fp16", {"tokens": 16}),
+        ("fp16", {"tokens": 32, "head_dim": 32}),  # eight warps
+        ("bf16", {"tokens": 32, "head_dim": 64}),  # the sum over F in halves
         ("bf16", {"tokens": 192, "mini_batch": 64, "causal": False}),  # the kernels of `mlp_wide.py`
         ("fp16", {"tokens": 128, "mini_batch": 64}),
     ],

@@ -1,13 +1,13 @@
 """TTT-MLP, backwards along the chain: the sequential part, and the parallel one that finishes the gradients.
 
 `scan` walks the mini-batches of a segment from the last to the first with the cotangents of the fast weights,
-d_w1^T and d_w2 [F D], in fp32 registers, transposed as the recurrence does it (`mlp_trace.py`):
+d_w1^T and d_w2 [F D], in fp32 registers, in blocks as the recurrence has them (`mlp_trace.py`):
 
-    pulled1  = d_w1^T xk^T + d_b1,  pulled2 = d_w2^T x2^T + d_b2          the updates of both layers
+    pulled1  = d_w1^T xk^T + d_b1,  pulled2 = x2 d_w2 + d_b2              the updates of both layers
     d_g_z1  -= eta_last lr pulled1,  d_g_x2 = d_g_z1 * gelu'(z1)
-    d_g_z2  += w2^T d_g_x2 - eta_last lr pulled2
+    d_g_z2  += d_g_x2 w2 - eta_last lr pulled2
     d_z2     = second order of the LayerNorm's gradient, of d_g_z2
-    d_x2    += w2 d_z2^T - eta_last d_w2 (lr g_z2)^T
+    d_x2    += w2 d_z2^T - eta_last lr d_w2 g_z2^T
     d_z1     = d_x2 * gelu'(z1) + d_g_z1 * g_x2 * gelu''(z1)
     d_w1    += xk^T d_z1,  d_w2 += x2^T d_z2 + d_g_x2^T g_z2
 
@@ -40,7 +40,20 @@ from implementations.triton.blocks import (
     token_pointers,
     wide,
 )
-from implementations.triton.mlp_blocks import INTERPRETED
+from implementations.triton.mlp_lanes import (
+    ask_for,
+    by_memory,
+    column,
+    everywhere,
+    load_block,
+    load_narrow,
+    load_tokens_apart,
+    over_hidden,
+    pointers_apart,
+    store_block,
+    store_narrow,
+    token,
+)
 from implementations.triton.mlp_readout import hidden, inner, load_hidden
 from implementations.triton.mlp_trace import load_weights, store_weights, sum_5
 
@@ -57,18 +70,8 @@ class Walked(NamedTuple):
 
 
 @triton.jit
-def ask_for(p, LINES: tl.constexpr):
-    """Ask for `LINES` times 128 bytes of 16-bit numbers from `p` on to be brought to the L2 cache."""
-    if not INTERPRETED:
-        at = (p + tl.arange(0, LINES) * 64).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def ask_for_chunk(pulled, chunk, D: tl.constexpr, C: tl.constexpr):
-    """The same for most of what a walk reads of a chunk."""
+def ask_for_chunk(trace, pulled, chunk, D: tl.constexpr, C: tl.constexpr):
+    """Ask for most of what a walk reads of a chunk."""
     F: tl.constexpr = 4 * D
     ask_for(pulled.x2 + chunk * F * C, F * C // 64)
     ask_for(pulled.slope + chunk * F * C, F * C // 64)
@@ -77,31 +80,38 @@ def ask_for_chunk(pulled, chunk, D: tl.constexpr, C: tl.constexpr):
     ask_for(pulled.d_g_z1 + chunk * F * C, F * C // 64)
     ask_for(pulled.d_w1 + chunk * F * D, F * D // 64)
     ask_for(pulled.d_w2 + chunk * F * D, F * D // 64)
+    ask_for(pulled.d_g_z2 + chunk * D * C, D * C // 32)
+    ask_for(pulled.p + chunk * D * C, D * C // 32)
+    ask_for(trace.x_hat + chunk * D * C, D * C // 32)
+    ask_for(trace.g_z2 + chunk * D * C, D * C // 64)
 
 
 @triton.jit
-def second_order(d_g_z2, x_hat, p, rstd, mean_p, along_p, mean1, mean2, ln_weight, D: tl.constexpr):
-    """d_z2 [D, M] of d_g_z2: `blocks.inner_gradient_backward`, linear in it, so one round of sums is enough.
+def second_order(
+    d_g_z2, x_hat, p, rstd, mean_p, along_p, mean1, mean2, ln_weight, mean_gamma2, D: tl.constexpr, AXIS: tl.constexpr
+):
+    """d_z2 of d_g_z2: `blocks.inner_gradient_backward`, linear in it, so one round of sums is enough.
 
-    x_hat, p [D, M]; rstd and the means [M]; ln_weight [D].
+    d_g_z2, x_hat, p: [M, D] or [D, M], with D at AXIS; ln_weight as broad; rstd and the means [M].
     """
-    mean_gamma2 = tl.sum(ln_weight * ln_weight) * (1.0 / D)
-    gamma2 = (ln_weight * ln_weight)[:, None]
+    gamma2 = ln_weight * ln_weight
     scaled = gamma2 * d_g_z2
-    mean, along, with_p, mean_s, along_s = sum_5(d_g_z2, d_g_z2 * x_hat, d_g_z2 * p, scaled, scaled * x_hat, 0)
+    mean, along, with_p, mean_s, along_s = sum_5(d_g_z2, d_g_z2 * x_hat, d_g_z2 * p, scaled, scaled * x_hat, AXIS)
     mean, along = mean * (1.0 / D), along * (1.0 / D)
     through_rstd = with_p * (1.0 / D) - mean_p * mean - along_p * along
     mean_x = mean_s * (1.0 / D) - mean * mean_gamma2 - along * mean1 - along_p * mean - along * mean_p
     along_x = along_s * (1.0 / D) - mean * mean1 - along * mean2 - 2 * along_p * along
-    d_x_hat = gamma2 * (d_g_z2 - mean[None, :] - x_hat * along[None, :])
-    d_x_hat -= along_p[None, :] * d_g_z2 + along[None, :] * p
-    return (rstd * rstd)[None, :] * (d_x_hat - mean_x[None, :] - x_hat * (along_x + through_rstd)[None, :])
+    mean, along, along_p = tl.expand_dims(mean, AXIS), tl.expand_dims(along, AXIS), tl.expand_dims(along_p, AXIS)
+    d_x_hat = gamma2 * (d_g_z2 - mean - x_hat * along)
+    d_x_hat -= along_p * d_g_z2 + along * p
+    d_x_hat -= tl.expand_dims(mean_x, AXIS) + x_hat * tl.expand_dims(along_x + through_rstd, AXIS)
+    return tl.expand_dims(rstd * rstd, AXIS) * d_x_hat
 
 
 @triton.jit(do_not_specialize=["first", "count"])
 def scan(
     inputs, shared, trace, pulled, start, end, walked, first, count, heads,
-    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Mini-batches `first + count - 1` down to `first` of chain `program_id(0)`."""
     F: tl.constexpr = 4 * D
@@ -109,79 +119,81 @@ def scan(
     DTYPE: tl.constexpr = inputs.xk.p.dtype.element_ty
     chain = tl.program_id(0)
     batch, head = chain // heads, chain % heads
-    f, d, m = tl.arange(0, F), tl.arange(0, D), tl.arange(0, M)
-    tile = f[:, None] * D + d[None, :]  # offsets in [F, D], [F, M] and [D, M]
-    of_f = f[:, None] * M + m[None, :]
-    of_d = d[:, None] * M + m[None, :]
+    f, d = tl.arange(0, F).reshape(W, F // W), column(D)
     eta_last = tl.load(shared.token_eta + M - 1)
     ln_weight = tl.load(shared.ln_weight + head * D + d)
-    d_w1, d_b1, d_w2, d_b2 = load_weights(start, wide(chain), D)
-    d_w2_start = nearest(d_w2, DTYPE)
+    mean_gamma2 = tl.sum(ln_weight * ln_weight) * (1.0 / D)
+    d_w1, d_b1, d_w2, d_b2 = load_weights(start, wide(chain), D, W)
     for back in range(count):
         n = count - 1 - back
         chunk = wide(chain) * tl.cdiv(count, R) + n // R
-        column = (n % R) * M
-        if column == C - M and n >= R:  # what the next chunk reads, while this one is computed
-            ask_for_chunk(pulled, chunk - 1, D, C)
+        if n % R == R - 1 and n >= R:  # what the next chunk reads, while this one is computed
+            ask_for_chunk(trace, pulled, chunk - 1, D, C)
         slot = chunk * R + n % R
         p_w2 = trace.w2 + slot * D * F
         if n > 0:
             ask_for(p_w2 - D * F, D * F // 64)
-        if column == C - M:
-            tl.store(walked.d_w1 + chunk * D * F + tile, nearest(d_w1, DTYPE))
+        if n % R == R - 1:
+            store_block(walked.d_w1 + chunk * D * F, d_w1, F, D, W)
             tl.store(walked.d_b1 + chunk * F + f, d_b1)
         at_f, at_d = slot * F * M, slot * D * M
-        token = chunk * C + column + m
-        # All loads first: none waits behind a barrier.
-        xk = load_tokens(inputs.xk, batch, head, first + n, M, D, D)
-        lr = tl.load(token_pointers(inputs.lr, batch, head, first + n, M)).to(tl.float32)
-        w2_rows = tl.load(p_w2 + tile)  # [F, D]
-        x2 = tl.load(pulled.x2 + at_f + of_f)  # [F, M]
-        g_z2 = tl.load(trace.g_z2 + at_d + of_d)  # [D, M]
-        d_x2 = tl.load(pulled.d_x2 + at_f + of_f)
-        d_g_z1 = tl.load(pulled.d_g_z1 + at_f + of_f)
-        slope = tl.load(pulled.slope + at_f + of_f)
-        curve = tl.load(pulled.curve + at_f + of_f)
-        d_g_z2 = tl.load(pulled.d_g_z2 + at_d + of_d)  # [D, M]
-        x_hat = tl.load(trace.x_hat + at_d + of_d)
-        p = tl.load(pulled.p + at_d + of_d)
-        rstd = tl.load(trace.rstd + token)
-        mean_p = tl.load(pulled.mean_p + token)
-        along_p = tl.load(pulled.along_p + token)
-        mean1 = tl.load(pulled.mean1 + token)
-        mean2 = tl.load(pulled.mean2 + token)
-        eta_lr = eta_last * lr[None, :]
+        at = chunk * C + n % R * M + token(M)
+        # Loads shortly before their use, some twice: registers are few.
+        xk = load_tokens_apart(inputs.xk, batch, head, first + n, M, D)
+        lr = tl.load(pointers_apart(inputs.lr, batch, head, first + n, M)).to(tl.float32)
+        d_g_z1 = load_block(pulled.d_g_z1 + at_f, F, M, W)  # [W, F/W, M]
+        slope = load_block(pulled.slope + at_f, F, M, W)
+        d_g_z2 = load_narrow(pulled.d_g_z2 + at_d, M, D)  # [M, D]
+        x_hat = load_narrow(trace.x_hat + at_d, M, D)
+        p = load_narrow(pulled.p + at_d, M, D)
+        eta_lr = eta_last * lr
 
-        pulled1 = matmul(d_w1, tl.trans(xk), DTYPE, "ieee") + d_b1[:, None]  # [F, D] @ [D, M]
-        d_g_z1 = d_g_z1.to(tl.float32) - eta_lr * pulled1
+        pulled1 = matmul(d_w1, everywhere(tl.trans(xk), W), DTYPE, "ieee") + d_b1[:, :, None]  # [F/W, D] @ [D, M]
+        d_g_z1 = d_g_z1.to(tl.float32) - eta_lr[None, None, :] * pulled1
         d_g_x2 = nearest(d_g_z1 * slope.to(tl.float32), DTYPE)
-        pulled2 = matmul(tl.trans(d_w2_start), x2, DTYPE, "ieee") + d_b2[:, None]  # [D, F] @ [F, M] -> [D, M]
-        d_g_z2 -= eta_lr * pulled2
-        d_g_z2 = matmul_add(tl.trans(w2_rows), d_g_x2, d_g_z2, DTYPE, "ieee")  # [D, F] @ [F, M] -> [D, M]
-        tl.store(walked.pulled2 + at_d + of_d, pulled2)
-        tl.store(walked.d_g_z2 + at_d + of_d, d_g_z2)
-        d_x2 = d_x2.to(tl.float32)
-        d_x2 = matmul_add(d_w2_start, -eta_lr * g_z2.to(tl.float32), d_x2, DTYPE, "ieee")  # [F, D] @ [D, M]
+        x2 = by_memory(load_block(pulled.x2 + at_f, F, M, W))
+        d_w2_start = nearest(d_w2, DTYPE)
+        pulled2 = over_hidden(x2, d_w2_start, tl.zeros([M, D], tl.float32) + d_b2[None, :], DTYPE)
+        store_narrow(walked.pulled2 + at_d, pulled2, M, D)
+        d_g_z2 -= eta_lr[:, None] * pulled2
+        w2 = by_memory(load_block(p_w2, F, D, W))  # [W, F/W, D]
+        d_g_z2 = over_hidden(d_g_x2, w2, d_g_z2, DTYPE)
+        store_narrow(walked.d_g_z2 + at_d, d_g_z2, M, D)
+        g_z2 = load_narrow(trace.g_z2 + at_d, M, D)  # [M, D]
+        d_x2 = load_block(pulled.d_x2 + at_f, F, M, W)
+        through_lr = matmul(d_w2_start, everywhere(tl.trans(g_z2), W), DTYPE, "ieee")  # [F/W, D] @ [D, M] -> [F/W, M]
+        d_x2 = d_x2.to(tl.float32) - eta_lr[None, None, :] * through_lr
 
-        d_z2 = second_order(d_g_z2, x_hat, p, rstd, mean_p, along_p, mean1, mean2, ln_weight, D)
-        d_b2 += tl.sum(d_z2, 1)
+        rstd = tl.load(trace.rstd + at)
+        mean_p = tl.load(pulled.mean_p + at)
+        along_p = tl.load(pulled.along_p + at)
+        mean1 = tl.load(pulled.mean1 + at)
+        mean2 = tl.load(pulled.mean2 + at)
+        d_z2 = second_order(
+            d_g_z2, x_hat, p, rstd, mean_p, along_p, mean1, mean2, ln_weight[None, :], mean_gamma2, D, 1
+        )
+        d_b2 += tl.sum(d_z2, 0)
         d_z2 = nearest(d_z2, DTYPE)
 
-        d_x2 = matmul_add(w2_rows, d_z2, d_x2, DTYPE, "ieee")  # [F, D] @ [D, M] -> [F, M]
+        w2 = load_block(p_w2, F, D, W)
+        curve = load_block(pulled.curve + at_f, F, M, W)
+        d_x2 = matmul_add(w2, everywhere(tl.trans(d_z2), W), d_x2, DTYPE, "ieee")  # [F/W, D] @ [D, M] -> [F/W, M]
         d_z1 = d_x2 * slope.to(tl.float32) + d_g_z1 * curve.to(tl.float32)
-        d_b1 += tl.sum(d_z1, 1)
+        d_b1 += tl.sum(d_z1, 2)
         d_z1 = nearest(d_z1, DTYPE)
-        tl.store(walked.d_z1 + at_f + of_f, d_z1)
-        d_w1 = matmul_add(d_z1, xk, d_w1, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
-        d_w2 = matmul_add(x2, tl.trans(d_z2), d_w2, DTYPE, "ieee")
-        d_w2 = matmul_add(d_g_x2, tl.trans(g_z2), d_w2, DTYPE, "ieee")
-        if column == 0:
-            d_w1 += tl.load(pulled.d_w1 + chunk * D * F + tile).to(tl.float32)
+        store_block(walked.d_z1 + at_f, d_z1, F, M, W)
+        xk = load_tokens_apart(inputs.xk, batch, head, first + n, M, D)
+        x2 = load_block(pulled.x2 + at_f, F, M, W)
+        g_z2 = load_narrow(trace.g_z2 + at_d, M, D)
+        d_w1 = matmul_add(d_z1, everywhere(xk, W), d_w1, DTYPE, "ieee")  # [F/W, M] @ [M, D] -> [F/W, D]
+        d_w2 = matmul_add(x2, everywhere(d_z2, W), d_w2, DTYPE, "ieee")
+        d_w2 = matmul_add(d_g_x2, everywhere(g_z2, W), d_w2, DTYPE, "ieee")
+        if n % R == 0:
+            d_w1 += load_block(pulled.d_w1 + chunk * D * F, F, D, W).to(tl.float32)
             d_b1 += tl.load(pulled.d_b1 + chunk * F + f)
-            d_w2 += tl.load(pulled.d_w2 + chunk * D * F + tile).to(tl.float32)
+            d_w2 += load_block(pulled.d_w2 + chunk * D * F, F, D, W).to(tl.float32)
             d_b2 += tl.load(pulled.d_b2 + chunk * D + d)
-        d_w2_start = nearest(d_w2, DTYPE)
-    store_weights(end, wide(chain), d_w1, d_b1, d_w2, d_b2, D)
+    store_weights(end, wide(chain), d_w1, d_b1, d_w2, d_b2, D, W)
 
 
 @triton.jit(do_not_specialize=["first", "chunks", "all_chunks"])

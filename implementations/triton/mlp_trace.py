@@ -1,13 +1,17 @@
 """TTT-MLP, the part that is sequential: one program a chain, and what the parallel kernels need of it, written out.
 
-For every mini-batch of a segment, all transposed, so that a mini-batch of 16 tokens is the narrow side of a product,
-and a warp that holds rows of the fast weights holds the same rows of everything that it makes from them:
+For every mini-batch of a segment, blocks with a hidden axis transposed and cut into [W, F/W, ...]: a warp that holds
+rows of the fast weights holds the same rows of everything that it makes from them, as the tensor cores leave it and
+take it again (`mlp_lanes.py`), so that only operands [M, D] and the sum over F pass through shared memory:
 
-    z1^T [F M]  = w1^T xk^T + b1              w1^T [F D] in fp32 registers, rounded in place: no shared memory
-    z2^T [D M]  = w2^T gelu(z1^T) + b2        the sum over F crosses warps: w2, rounded, passes through shared memory
-    g_z2^T      = d(1/2 ||LN(z2) - (xv - xk)||^2) / dz2
-    g_x2^T      = w2 g_z2^T                   w2 [F D] in fp32 registers, rounded in place
-    w1^T       -= eta_last (g_x2 * gelu'(z1))^T (lr xk),   w2 -= eta_last gelu(z1)^T (lr g_z2)
+    z1^T [F M] = w1^T xk^T + b1               w1^T [F D] in fp32 registers, rounded in place
+    z2 [M D]   = gelu(z1) w2 + b2             the sum over F: both operands through shared memory
+    g_z2       = d(1/2 ||LN(z2) - (xv - xk)||^2) / dz2
+    g_x2^T     = w2 g_z2^T                    w2 [F D] in fp32 registers, rounded in place
+    w1^T      -= eta_last (lr g_x2 * gelu'(z1))^T xk,   w2 -= eta_last gelu(z1)^T (lr g_z2)
+
+These are products for `mma.m16n8k16`: Triton takes it for blocks of three axes. The warp-group products that it would
+take for others fence memory before each, and wait for every load and store in flight.
 
 Mini-batches too large for that are those of `mlp_wide.py`.
 
@@ -21,8 +25,20 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from implementations.triton.blocks import load_tokens, matmul, matmul_add, nearest, token_pointers, wide
+from implementations.triton.blocks import matmul, matmul_add, nearest, wide
 from implementations.triton.mlp_blocks import INTERPRETED, gelu_first
+from implementations.triton.mlp_lanes import (
+    ask_for_tokens,
+    column,
+    everywhere,
+    load_block,
+    load_tokens_apart,
+    over_hidden,
+    pointers_apart,
+    store_block,
+    store_narrow,
+    token,
+)
 
 
 class Weights(NamedTuple):
@@ -52,26 +68,26 @@ class Trace(NamedTuple):
 
 
 @triton.jit
-def load_weights(weights, at, D: tl.constexpr):
-    """State `at`: (w1^T [F, D], b1 [F], w2 [F, D], b2 [D])."""
+def load_weights(weights, at, D: tl.constexpr, W: tl.constexpr):
+    """State `at`: (w1^T [W, F/W, D], b1 [W, F/W], w2 [W, F/W, D], b2 [D]), columns in the order of `column`."""
     F: tl.constexpr = 4 * D
-    f, d = tl.arange(0, F), tl.arange(0, D)
+    f, d = tl.arange(0, F).reshape(W, F // W), column(D)
     return (
-        tl.load(weights.w1 + at * D * F + f[:, None] + d[None, :] * F),
+        load_block(weights.w1 + at * D * F, F, D, W, True),
         tl.load(weights.b1 + at * F + f),
-        tl.load(weights.w2 + at * D * F + f[:, None] * D + d[None, :]),
+        load_block(weights.w2 + at * D * F, F, D, W),
         tl.load(weights.b2 + at * D + d),
     )
 
 
 @triton.jit
-def store_weights(weights, at, w1, b1, w2, b2, D: tl.constexpr):
+def store_weights(weights, at, w1, b1, w2, b2, D: tl.constexpr, W: tl.constexpr):
     """State `at`, as `load_weights` gives it."""
     F: tl.constexpr = 4 * D
-    f, d = tl.arange(0, F), tl.arange(0, D)
-    tl.store(weights.w1 + at * D * F + f[:, None] + d[None, :] * F, w1)
+    f, d = tl.arange(0, F).reshape(W, F // W), column(D)
+    store_block(weights.w1 + at * D * F, w1, F, D, W, True)
     tl.store(weights.b1 + at * F + f, b1)
-    tl.store(weights.w2 + at * D * F + f[:, None] * D + d[None, :], w2)
+    store_block(weights.w2 + at * D * F, w2, F, D, W)
     tl.store(weights.b2 + at * D + d, b2)
 
 
@@ -118,31 +134,32 @@ def sum_5(a, b, c, d, e, AXIS: tl.constexpr):
 
 
 @triton.jit
-def inner_gradient(z2, target, ln_weight, ln_bias, EPS: tl.constexpr, D: tl.constexpr):
-    """(g_z2, x_hat [D, M], rstd [M]) of z2 [D, M]; ln_weight, ln_bias [D, 1].
+def inner_gradient(z2, target, ln_weight, ln_bias, EPS: tl.constexpr, D: tl.constexpr, AXIS: tl.constexpr):
+    """(g_z2, x_hat, rstd [M]) of z2, [M, D] or [D, M], with D at AXIS; ln_weight, ln_bias as broad.
 
     Two sums after each other: of z2, and of all that its mean is taken from.
     """
     gamma2 = ln_weight * ln_weight
     q = ln_weight * (ln_bias - target)
-    sum_z2, sum_q = sum_2(z2, q, 0)
-    centred = z2 - (sum_z2 * (1.0 / D))[None, :]
+    sum_z2, sum_q = sum_2(z2, q, AXIS)
+    centred = z2 - tl.expand_dims(sum_z2 * (1.0 / D), AXIS)
     scaled = gamma2 * centred
-    variance, mean1, mean2, mean_q = sum_4(centred * centred, scaled, scaled * centred, q * centred, 0)
+    variance, mean1, mean2, mean_q = sum_4(centred * centred, scaled, scaled * centred, q * centred, AXIS)
     rstd = tl.rsqrt(variance * (1.0 / D) + EPS)
     mean1 *= rstd * (1.0 / D)  # of gamma^2 x_hat
     mean2 *= rstd * rstd * (1.0 / D)  # of gamma^2 x_hat^2
     mean_p = mean1 + sum_q * (1.0 / D)
     along_p = mean2 + rstd * mean_q * (1.0 / D)  # the mean of p x_hat
-    x_hat = centred * rstd[None, :]
+    rstds = tl.expand_dims(rstd, AXIS)
+    x_hat = centred * rstds
     p = gamma2 * x_hat + q
-    return rstd[None, :] * (p - mean_p[None, :] - x_hat * along_p[None, :]), x_hat, rstd
+    return rstds * (p - tl.expand_dims(mean_p, AXIS) - x_hat * tl.expand_dims(along_p, AXIS)), x_hat, rstd
 
 
 @triton.jit(do_not_specialize=["start_states", "end_states", "first", "count"])
 def recurrence(
     inputs, shared, start, end, trace, start_states, end_states, first, count, heads,
-    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, BACKWARD: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, W: tl.constexpr, EPS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Mini-batches `first` to `first + count` of chain `program_id(0)`, whose states are so many apart."""
     F: tl.constexpr = 4 * D
@@ -152,65 +169,60 @@ def recurrence(
     SCALE: tl.constexpr = 16.0 if DTYPE.is_fp16() else 1.0
     chain = tl.program_id(0)
     batch, head = chain // heads, chain % heads
-    f, d, m = tl.arange(0, F), tl.arange(0, D), tl.arange(0, M)
-    tile = f[:, None] * D + d[None, :]  # offsets in [F, D], [F, M] and [D, M]
-    of_f = f[:, None] * M + m[None, :]
-    of_d = d[:, None] * M + m[None, :]
+    f, d = tl.arange(0, F).reshape(W, F // W), column(D)
     eta_last = tl.load(shared.token_eta + M - 1)
-    ln_weight = tl.load(shared.ln_weight + head * D + d)[:, None]
-    ln_bias = tl.load(shared.ln_bias + head * D + d)[:, None]
-    w1, b1, w2, b2 = load_weights(start, wide(chain) * start_states, D)
-    # Rounded copies that the loop carries: Triton takes those from shared memory, and others from registers.
-    w1_start = nearest(w1, DTYPE)
-    w2_start = tl.trans(nearest(w2, DTYPE))
-    # Tokens are loaded one mini-batch ahead.
-    next_xk = load_tokens(inputs.xk, batch, head, first, M, D, D)
-    next_xv = load_tokens(inputs.xv, batch, head, first, M, D, D)
-    next_lr = tl.load(token_pointers(inputs.lr, batch, head, first, M))
+    ln_weight = tl.load(shared.ln_weight + head * D + d)[None, :]
+    ln_bias = tl.load(shared.ln_bias + head * D + d)[None, :]
+    w1, b1, w2, b2 = load_weights(start, wide(chain) * start_states, D, W)
+    next_xk = load_tokens_apart(inputs.xk, batch, head, first, M, D)
     for n in range(count):
         chunk = wide(chain) * tl.cdiv(count, R) + n // R
-        column = (n % R) * M
-        if column == 0:
-            tl.store(trace.w1 + chunk * D * F + tile, nearest(w1, DTYPE))
+        w2_start = nearest(w2, DTYPE)
+        if n % R == 0:
+            store_block(trace.w1 + chunk * D * F, w1, F, D, W)
             tl.store(trace.b1 + chunk * F + f, b1)
             if not BACKWARD:
-                tl.store(trace.w2 + chunk * D * F + tile, nearest(w2, DTYPE))
+                store_block(trace.w2 + chunk * D * F, w2_start, F, D, W)
             tl.store(trace.b2 + chunk * D + d, b2)
         if BACKWARD:
-            tl.store(trace.w2 + (chunk * R + n % R) * D * F + tile, nearest(w2, DTYPE))
-        xk, xv, lr = next_xk, next_xv, next_lr.to(tl.float32)
+            store_block(trace.w2 + (chunk * R + n % R) * D * F, w2_start, F, D, W)
+        xk = next_xk
         ahead = first + tl.minimum(n + 1, count - 1)
-        next_xk = load_tokens(inputs.xk, batch, head, ahead, M, D, D)
-        next_xv = load_tokens(inputs.xv, batch, head, ahead, M, D, D)
-        next_lr = tl.load(token_pointers(inputs.lr, batch, head, ahead, M))
+        ask_for_tokens(inputs.xk, batch, head, ahead, M)
+        ask_for_tokens(inputs.xv, batch, head, ahead, M)
+        ask_for_tokens(inputs.lr, batch, head, ahead, M)
         slot = chunk * R + n % R
         at_f, at_d = slot * F * M, slot * D * M
 
-        z1 = matmul(w1_start, tl.trans(xk), DTYPE, "ieee") + b1[:, None]  # [F, D] @ [D, M] -> [F, M]
+        z1 = matmul(w1, everywhere(tl.trans(xk), W), DTYPE, "ieee") + b1[:, :, None]  # [F/W, D] @ [D, M] -> [F/W, M]
         x2, slope = gelu_first(z1)
-        tl.store(trace.z1 + at_f + of_f, nearest(z1, DTYPE))
+        store_block(trace.z1 + at_f, z1, F, M, W)
         x2 = nearest(x2, DTYPE)
-        z2 = matmul(w2_start, x2, DTYPE, "ieee") + b2[:, None]  # [D, F] @ [F, M] -> [D, M]
+        z2 = over_hidden(x2, w2_start, tl.zeros([M, D], tl.float32) + b2[None, :], DTYPE)
 
-        target = tl.trans(xv.to(tl.float32) - xk.to(tl.float32))
-        g_z2, x_hat, rstd = inner_gradient(z2, target, ln_weight, ln_bias, EPS, D)
+        # Loaded no sooner: registers are few, and a load that is spilled is waited for.
+        xv = load_tokens_apart(inputs.xv, batch, head, first + n, M, D)
+        lr = tl.load(pointers_apart(inputs.lr, batch, head, first + n, M)).to(tl.float32)
+        target = xv.to(tl.float32) - xk.to(tl.float32)
+        g_z2, x_hat, rstd = inner_gradient(z2, target, ln_weight, ln_bias, EPS, D, 1)
 
-        g_x2 = matmul(w2, g_z2, DTYPE, "ieee")  # [F, D] @ [D, M] -> [F, M]
-        g_z1 = (-eta_last) * g_x2 * slope
-        w1 = matmul_add(g_z1, lr[:, None] * xk.to(tl.float32), w1, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
-        b1 += tl.sum(lr[None, :] * g_z1, 1)
-        lr_g_z2 = (-eta_last * lr)[None, :] * g_z2
+        g_z2_t = tl.trans(nearest(g_z2, DTYPE))
+        g_x2 = matmul(w2, everywhere(g_z2_t, W), DTYPE, "ieee")  # [F/W, D] @ [D, M] -> [F/W, M]
+        next_xk = load_tokens_apart(inputs.xk, batch, head, ahead, M, D)
+        lr_g_z1 = (-eta_last * lr)[None, None, :] * g_x2 * slope
+        b1 += tl.sum(lr_g_z1, 2)
+        if DTYPE.is_fp16():
+            lr_g_z1, xk = lr_g_z1 * SCALE, xk.to(tl.float32) * (1 / SCALE)
+        w1 = matmul_add(lr_g_z1, everywhere(nearest(xk, DTYPE), W), w1, DTYPE, "ieee")  # [F/W, M] @ [M, D] -> [F/W, D]
+        lr_g_z2 = (-eta_last * lr)[:, None] * g_z2
         if DTYPE.is_fp16():
             x2 = x2.to(tl.float32) * (1 / SCALE)
-        w2 = matmul_add(x2, tl.trans(SCALE * lr_g_z2), w2, DTYPE, "ieee")  # [F, M] @ [M, D] -> [F, D]
-        b2 += tl.sum(lr_g_z2, 1)
+        w2 = matmul_add(x2, everywhere(nearest(SCALE * lr_g_z2, DTYPE), W), w2, DTYPE, "ieee")  # [F/W, M] @ [M, D]
+        b2 += tl.sum(lr_g_z2, 0)
 
-        tl.store(trace.g_x2 + at_f + of_f, nearest(g_x2, DTYPE))
-        tl.store(trace.g_z2 + at_d + of_d, nearest(g_z2, DTYPE))
+        store_block(trace.g_x2 + at_f, g_x2, F, M, W)
+        store_narrow(trace.g_z2 + at_d, g_z2, M, D)
         if BACKWARD:
-            token = chunk * C + column + m
-            tl.store(trace.x_hat + at_d + of_d, x_hat)
-            tl.store(trace.rstd + token, rstd)
-        w1_start = nearest(w1, DTYPE)
-        w2_start = tl.trans(nearest(w2, DTYPE))
-    store_weights(end, wide(chain) * end_states, w1, b1, w2, b2, D)
+            store_narrow(trace.x_hat + at_d, x_hat, M, D)
+            tl.store(trace.rstd + chunk * C + n % R * M + token(M), rstd)
+    store_weights(end, wide(chain) * end_states, w1, b1, w2, b2, D, W)

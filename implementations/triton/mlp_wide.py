@@ -19,8 +19,9 @@ import triton.language as tl
 
 from implementations.triton.blocks import load_tokens, matmul, matmul_add, nearest, token_pointers, wide
 from implementations.triton.mlp_blocks import gelu, gelu_first
+from implementations.triton.mlp_lanes import ask_for
 from implementations.triton.mlp_readout import load_hidden, store_hidden
-from implementations.triton.mlp_scan import ask_for, ask_for_chunk, second_order
+from implementations.triton.mlp_scan import ask_for_chunk, second_order
 from implementations.triton.mlp_trace import inner_gradient
 
 
@@ -100,7 +101,7 @@ def recurrence_wide(
             z2 = matmul_add(tl.trans(w2), gelu(z1), z2, DTYPE, "ieee")  # [D, BF] @ [BF, M] -> [D, M]
 
         target = tl.trans(xv.to(tl.float32) - xk.to(tl.float32))
-        g_z2, x_hat, rstd = inner_gradient(z2 + b2[:, None], target, ln_weight, ln_bias, EPS, D)
+        g_z2, x_hat, rstd = inner_gradient(z2 + b2[:, None], target, ln_weight, ln_bias, EPS, D, 0)
         if BACKWARD:
             tl.store(trace.x_hat + chunk * D * M + row, x_hat)
             tl.store(trace.rstd + chunk * M + m, rstd)
@@ -142,7 +143,8 @@ def scan_wide(
     d, m = tl.arange(0, D), tl.arange(0, M)
     row = d[:, None] * M + m[None, :]
     eta_last = tl.load(shared.token_eta + M - 1)
-    ln_weight = tl.load(shared.ln_weight + head * D + d)
+    ln_weight = tl.load(shared.ln_weight + head * D + d)[:, None]
+    mean_gamma2 = tl.sum(ln_weight * ln_weight) * (1.0 / D)
     d_b2 = tl.load(start.b2 + own * D + d)
     for f in range(0, F, BF):
         last = own * count + count - 1
@@ -154,7 +156,7 @@ def scan_wide(
         eta_lr = eta_last * tl.load(token_pointers(inputs.lr, batch, head, first + n, M)).to(tl.float32)[None, :]
         g_z2 = tl.load(trace.g_z2 + chunk * D * M + row)
         if n > 0:  # what the next one reads
-            ask_for_chunk(pulled, chunk - 1, D, M)
+            ask_for_chunk(trace, pulled, chunk - 1, D, M)
             ask_for(trace.w2 + (chunk - 1) * D * F, D * F // 64)
         pulled2 = tl.zeros([D, M], tl.float32)
         through_w2 = tl.zeros([D, M], tl.float32)
@@ -180,7 +182,7 @@ def scan_wide(
             d_g_z2, tl.load(trace.x_hat + chunk * D * M + row), tl.load(pulled.p + chunk * D * M + row),
             tl.load(trace.rstd + chunk * M + m), tl.load(pulled.mean_p + chunk * M + m),
             tl.load(pulled.along_p + chunk * M + m), tl.load(pulled.mean1 + chunk * M + m),
-            tl.load(pulled.mean2 + chunk * M + m), ln_weight, D,
+            tl.load(pulled.mean2 + chunk * M + m), ln_weight, mean_gamma2, D, 0,
         )  # fmt: skip
         d_b2 += tl.sum(d_z2, 1) + tl.load(pulled.d_b2 + chunk * D + d)
         d_z2 = nearest(d_z2, DTYPE)

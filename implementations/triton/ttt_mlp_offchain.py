@@ -15,10 +15,11 @@ of every segment but the first, 4 (8 D^2 + 5 D) / (G M): at D = 64, 260 and, for
 `workspace_bytes` a token and head: `default_group` cuts the sequence to fit.
 
 What bounds it is the latency of the steps, not bytes: a step of the scan with rows of 32 bytes, 128 apart, took 30 us,
-and takes 21 since what it reads of a mini-batch lies together. In bf16 on an H100, each kernel alone, forward / forward
-and backward: lm-1.3b 1.33 / 7.2 ms (recurrence 1.0, read-out 0.33; in the backward recurrence 1.36, read-out 1.27, scan
-2.65, the rest 0.55), video-5b 7.2 / 35 ms (recurrence 6.2, read-out 1.0; recurrence 6.2, read-out 3.9, scan 16, the
-rest 1.6). Whole calls of `ttt_mlp` take 2.6 / 21 and 10.5 / 74.
+21 since what it reads of a mini-batch lies together, and 16 since lanes read and write what they compute with
+(`mlp_lanes.py`). In bf16 on an H100, each kernel alone: lm-1.3b forward 1.04 ms (recurrence 0.71, read-out 0.33),
+backward 4.8 (recurrence 0.88, read-out 1.30, scan 2.06, the rest 0.57); video-5b, forward / forward and backward, 7.2 /
+35 ms (recurrence 6.2, read-out 1.0; recurrence 6.2, read-out 3.9, scan 16, the rest 1.6). Whole calls of `ttt_mlp` take
+2.6 / 21 and 10.5 / 74.
 
 No atomics: sums over chunks are partial sums, added up in torch in one order.
 """
@@ -26,7 +27,6 @@ No atomics: sums over chunks are partial sums, added up in torch in one order.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -183,9 +183,7 @@ def _kernels() -> Iterator[TritonKernel]:
         problem = Problem("mlp", 1, 256, 32, 64, mini_batch, causal, dtype="bf16")
         outputs, residuals, launches = plan_forward(meta(MlpInputs, problem), problem, 16)
         for launch in (*launches, *plan_backward(outputs, residuals, problem)[-1]):
-            kernel = launch.static("mlp", _SPILLS[launch.kernel])
-            # Its accumulators take 560 columns of tensor memory; an SM of sm_100 has 512.
-            yield replace(kernel, architectures=("sm_80", "sm_90")) if launch.kernel is scan else kernel
+            yield launch.static("mlp", _SPILLS[launch.kernel])
 
 
 # --- Sizes and settings ---
@@ -204,7 +202,7 @@ class Setting(NamedTuple):
 _SETTINGS: dict[str, Setting] = {
     "recurrence": Setting(0, 8),
     "recurrence_wide": Setting(128, 8, 2),
-    "scan": Setting(0, 8),
+    "scan": Setting(0, 8, 1, 255),
     "scan_wide": Setting(128, 8),
     "read_out": Setting(32, 4, 3),
     "read_out_backward": Setting(32, 4, 2),
@@ -214,7 +212,7 @@ _SETTINGS: dict[str, Setting] = {
 # half of an SM's registers, and the products between need the other half and more; sm_80, without warp-group products,
 # is the worst throughout.
 _SPILLS = {
-    recurrence: 1200, recurrence_wide: 940, read_out: 0, read_out_backward: 2500, scan: 10600, scan_wide: 1400,
+    recurrence: 650, recurrence_wide: 940, read_out: 0, read_out_backward: 2500, scan: 1200, scan_wide: 1400,
     finish: 320,
 }  # fmt: skip
 
@@ -326,6 +324,7 @@ def _launch(kernel, problem: Problem, count: int, arguments: dict[str, object]) 
     programs = problem.batch * problem.heads
     if name in ("recurrence", "scan"):
         options["num_stages"] = how.num_stages
+        sizes["W"] = options["num_warps"] = min(how.num_warps, problem.hidden // 16)
     else:
         sizes |= {"BF": min(how.block, problem.hidden), "STAGES": how.num_stages}
     if name in ("read_out", "read_out_backward", "finish"):
