@@ -524,7 +524,7 @@ template <typename T, int D> TTT_INLINE Values<D> load_hat(const fp16* p) {
 #pragma unroll
         for (int i = 0; i < Sizes<D>::EACH; i += 2) {
             const uint32_t two = reinterpret_cast<const uint32_t*>(p)[i / 2];
-            y.x[i] = int16_t(two & 0xffff) * (1 / STEPS<D>), y.x[i + 1] = int16_t(two >> 16) * (1 / STEPS<D>);
+            y.x[i] = short(two & 0xffff) * (1 / STEPS<D>), y.x[i + 1] = short(two >> 16) * (1 / STEPS<D>);
         }
         return y;
     } else return load_values<D>(p);
