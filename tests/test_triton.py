@@ -229,6 +229,12 @@ def test_a_cpu_tensor_needs_the_interpreter():
             "head_dim: 96 with mini_batch 128 in ieee fp32 needs more shared memory than an H100 has: "
             "use a smaller mini_batch, or bf16",
         ),
+        (
+            {"mini_batch": 64, "causal": False},
+            "head_dim: 96 with mini_batch 64 in ieee fp32 needs more shared memory than an H100 has: "
+            "use a smaller mini_batch, or bf16",
+        ),
+        ({"mini_batch": 64}, None),
         ({"mini_batch": 128, "dtype": "bf16"}, None),
         ({"matmul_precision": "tf32"}, None),
         ({}, None),

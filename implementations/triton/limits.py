@@ -42,4 +42,4 @@ def _linear_fits(problem: Problem) -> bool:
     """Whether the 227 KB of an H100's SM hold the operands, as compiled: tensor cores take those of tf32 from there."""
     if problem.dtype != "fp32" or block_d(problem) * problem.mini_batch <= 64 * 64:
         return True
-    return problem.matmul_precision == "ieee" and problem.mini_batch <= 64
+    return problem.matmul_precision == "ieee" and problem.mini_batch <= (64 if problem.causal else 32)

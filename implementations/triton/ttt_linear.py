@@ -403,6 +403,7 @@ def _options(pass_: str, problem: Problem) -> dict[str, int]:
     """Warps by what ptxas spills, stages by what shared memory holds and what loads a step ahead are worth."""
     d, m = block_d(problem), problem.mini_batch
     warps = 4 if max(d, m) <= 64 else 8
-    if d * m > 64 * 64:
+    wide = d > 64 and not problem.causal and problem.dtype == "fp32" and problem.matmul_precision == "ieee"
+    if d * m > 64 * 64 or (wide and pass_ == "backward"):
         return {"num_warps": warps if pass_ == "forward" else 2 * warps, "num_stages": 1}
     return {"num_warps": warps, "num_stages": 3} if pass_ == "forward" else {"num_warps": 2 * warps, "num_stages": 2}
