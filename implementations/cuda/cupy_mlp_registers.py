@@ -23,7 +23,7 @@ from implementations.cuda.arguments import KERNEL_DTYPE, View, check, contiguous
 from implementations.cuda.mlp_registers_limits import WIDE, limit, splits
 from implementations.cuda.module import launch
 from implementations.kernels import ARCHITECTURES, CudaKernel, architectures_with
-from spec.problem import Problem
+from spec.problem import Dtype, Problem
 from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs
 
 KERNELS = Path(__file__).with_name("kernels")
@@ -285,9 +285,12 @@ def _kernel(problem: Problem, name: str, shared: int, split: int) -> CudaKernel:
 
 
 def static_kernels() -> Iterator[CudaKernel]:
-    """The instances of the named cases in bf16."""
-    settings = ((64, 16, True, 1), (64, 64, True, 1), (64, 64, False, 1), (64, 64, False, 2), (96, 16, True, 2))
-    for d, mini_batch, causal, split in settings:
-        problem = Problem("mlp", 1, mini_batch, 1, d, mini_batch, causal, dtype="bf16")
+    """The instances of the named cases in bf16, and one in fp16, where LayerNorms are kept in another form."""
+    settings: tuple[tuple[int, int, bool, int, Dtype], ...] = (
+        (64, 16, True, 1, "bf16"), (64, 64, True, 1, "bf16"), (64, 64, False, 1, "bf16"), (64, 64, False, 2, "bf16"),
+        (96, 16, True, 2, "bf16"), (64, 16, True, 1, "fp16"),
+    )  # fmt: skip
+    for d, mini_batch, causal, split, dtype in settings:
+        problem = Problem("mlp", 1, mini_batch, 1, d, mini_batch, causal, dtype=dtype)
         yield forward_kernel(problem, split)
         yield backward_kernel(problem, split)
