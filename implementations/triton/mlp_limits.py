@@ -28,9 +28,9 @@ def _fits(problem: Problem) -> bool:
 
 
 def newer_ptxas(problem: Problem) -> bool:
-    """Whether `triton.chain` has to be assembled by the newer of the two ptxas that Triton brings.
+    """Whether the kernels have to be assembled by the newer of the two ptxas that Triton brings.
 
-    ptxas 12.8, which Triton 3.6 to 3.9 take for sm_90, makes wrong code of some kernels with many operands of
+    ptxas 12.8, which Triton 3.6 and 3.7 take for sm_90, makes wrong code of some kernels with many operands of
     warp-group products in shared memory: it takes their addresses from registers that it never wrote. So lm-1.3b-m64
     ended in illegal accesses on an H100; the same code assembled by ptxas 12.9 is right there. Seen only with blocks
     narrower than 64, which M = D = 64 in bf16 and fp16 does not have.
