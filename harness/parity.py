@@ -183,8 +183,10 @@ class _Runner:
         """What the call returns or the `Failure`; out of device memory, it is tried again with nothing beside it."""
         problem, on_cpu = cell.problem, self.settings.stamp.device == "cpu"
         what = f"{cell.entry.key} {problem.inner_model} {cell.case.name} {problem.dtype}"
-        for size in (0 if on_cpu else working_bytes(problem), DEVICE_BYTES):
-            with self._room.taking(size):
+        for alone in (False, True):
+            with self._room.taking(DEVICE_BYTES if alone else 0 if on_cpu else working_bytes(problem)):
+                if alone:
+                    self._end_processes()
                 started = time.monotonic()
                 try:
                     return worker.call(function, *arguments, timeout=self.settings.timeout)
@@ -194,8 +196,12 @@ class _Runner:
                     logger.debug("%s of %s: %.1f s", function.__name__, what, time.monotonic() - started)
             if last.status != "oom" or on_cpu:
                 break
-            worker.stop()
         return last
+
+    def _end_processes(self) -> None:
+        """Give back what idle processes hold of the device's memory; the next call of each starts another."""
+        for lane in list(self._lanes.values()):
+            lane.stop()
 
     def _submit(self, entry: Implementation | None, function: Any, *arguments: Any) -> Future:
         """Call in a process of the implementation, or of the oracle."""
@@ -265,6 +271,11 @@ class _Lane:
                 self._idle.put(worker)
 
         return self._threads.submit(call)
+
+    def stop(self) -> None:
+        """End the processes until their next call."""
+        for worker in self._workers:
+            worker.stop()
 
     def close(self) -> None:
         """End the processes, whatever they are doing."""

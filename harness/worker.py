@@ -21,6 +21,7 @@ from harness.rows import Status
 
 # After an illegal access, say, nothing works on the device any more in that process.
 _DEVICE_ERROR = re.compile(r"CUDA error|CUDA_ERROR|cudaError|CUDADriverError|CUDARuntimeError")
+_NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|CUDA error: out of memory|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY")
 
 
 class Failure(Exception):
@@ -70,7 +71,7 @@ class Worker:
             self.stop()
             raise Failure("crash", f"the process {died}{': ' + last if last else ''}") from error
         if status != "ok":
-            if status == "error" and _DEVICE_ERROR.search(value):
+            if status in ("error", "oom") and _DEVICE_ERROR.search(value):
                 self.stop()
             raise Failure(status, value)
         return value
@@ -149,6 +150,6 @@ def classify(error: BaseException) -> tuple[Status, str]:
     name, text = type(error).__name__, str(error)
     if isinstance(error, (Unsupported, NotImplementedError)):  # the latter from a page, which knows no harness
         return "unsupported", text
-    if isinstance(error, MemoryError) or "OutOfMemory" in name or "RESOURCE_EXHAUSTED" in text:
+    if isinstance(error, MemoryError) or "OutOfMemory" in name or _NO_MEMORY.search(text):
         return "oom", f"out of memory: {text.splitlines()[0] if text else name}"[:200]
     return "error", f"{name}: {text}"

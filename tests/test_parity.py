@@ -139,10 +139,11 @@ def test_out_of_memory_is_tried_again_alone_on_a_gpu_only(monkeypatch):
         runner = object.__new__(parity._Runner)
         runner.settings = Settings(stamp, jobs=2)
         runner._room = parity._Room(2, parity.DEVICE_BYTES)
-        calls = Calls(0, [Failure("oom", "80 GiB")])
+        calls, idle = Calls(0, [Failure("oom", "80 GiB")]), Calls(0)
+        runner._lanes = {"one": parity._Lane([calls], None), "another": parity._Lane([idle], None)}
         cell = Cell(ENTRY, CASE, CASE.problem("linear", "fp32"), ())
         found = runner._call(calls, cell, jobs.check)
-        assert isinstance(found, Failure) == (tried == 1) and calls.stopped == tried - 1
+        assert isinstance(found, Failure) == (tried == 1) and calls.stopped == idle.stopped == tried - 1
 
 
 def test_the_memory_that_a_check_takes_is_known_roughly():
