@@ -309,6 +309,7 @@ class Bench:
 
     def _alone(self, cell: Cell, pass_: Pass) -> Timed:
         """The pass of this cell with nothing else on the device, one process after the other."""
+        logger.debug("%s %s: out of memory beside the others, and so again alone", cell.entry.key, pass_)
         for worker in itertools.chain(*self._workers.values()):
             worker.stop()
         subject = self._subject(cell)
