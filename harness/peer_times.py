@@ -148,7 +148,7 @@ def _row(
     cell: Cell, pass_: Pass, cache: Any, checked: list[ParityRow], settings: Settings, columns: dict[str, Any]
 ) -> PeerTime:
     stamp = settings.stamp
-    verdict, reason, ratio = _verdict([row for row in checked if sweep.is_of(row, cell, settings)])
+    verdict, reason, ratio = _verdict(sweep.checks_of(checked, cell, settings))
     names = {field.name for field in fields(PeerTime)}
     return PeerTime(
         **cell_columns(cell),

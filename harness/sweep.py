@@ -458,10 +458,10 @@ def _device_to_itself(stamp: Stamp) -> Iterator[None]:
         yield
 
 
-def is_of(row: ParityRow, cell: Cell, settings: Settings) -> bool:
-    """Whether a parity row is of this cell: of its code, on this machine and with this seed."""
-    current = row.seed == settings.seed and row.fingerprint == settings.stamp.fingerprint
-    return current and _cell_key(row) == _cell_key_of(cell, settings.stamp)
+def checks_of(rows: Iterable[ParityRow], cell: Cell, settings: Settings) -> list[ParityRow]:
+    """The parity rows that are of this cell: of its code, on this machine and with this seed."""
+    key, mark = _cell_key_of(cell, settings.stamp), (settings.seed, settings.stamp.fingerprint)
+    return [row for row in rows if (row.seed, row.fingerprint) == mark and _cell_key(row) == key]
 
 
 def _is_current(row: ParityRow | SweepRow, stamp: Stamp) -> bool:
