@@ -42,7 +42,7 @@ def test_a_peer_is_timed_whatever_its_verdict_and_what_cannot_run_says_why(tmp_p
         assert broken.verdict == "unchecked" and broken.device_ms is None and "no_such_page" in broken.untimed
         assert elsewhere.untimed == "unsupported: does not run on cpu"
     of_other_code = [replace(row, source_hash="another") for row in of_peer]
-    assert peer_times._verdict([row for row in of_other_code if sweep.is_of(row, cells[0], settings)])[0] == "unchecked"
+    assert peer_times._verdict(sweep.checks_of(of_other_code, cells[0], settings))[0] == "unchecked"
     assert peer_times._verdict(of_peer)[0] == "ok" and peer_times.table(rows).row_count == 6
 
 
