@@ -93,11 +93,37 @@ def test_named_barriers(order: int, options: tuple[str, ...]) -> None:
     assert torch.equal(out, (3.0 * torch.arange(9) + 31 * 16)[:, None].expand(9, 32))
 
 
+def exchange(fault: int = 0, order: int = 0, rounds: int = 5) -> torch.Tensor:
+    out = torch.full((4, rounds, 32, 7), -1.0)
+    which = kernel("ttt::exchange", shared=2048, cluster=2, options=("-DCLUSTERS",))
+    run(which, np.zeros(16, np.uint8), out, rounds + 16 * fault, grid=4, order=order)
+    return out
+
+
 @emulated
-def test_clusters() -> None:
-    out = torch.full((8,), float("nan"))
-    run(kernel("ttt::around", 64, cluster=4, options=("-DCLUSTERS",)), np.zeros(16, np.uint8), out, grid=8)
-    assert out.tolist() == [1, 2, 3, 0, 5, 6, 7, 4]
+@pytest.mark.parametrize("order", [0, 1])
+def test_stores_into_another_block(order: int) -> None:
+    block, i, lane, k = torch.meshgrid(*map(torch.arange, (4, 5, 32, 7)), indexing="ij")
+    assert torch.equal(exchange(order=order), (7 * lane + k + i + 100 * (1 - block % 2)).float())
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (1, "waits forever at mbarrier_wait, as do 64 of 64 threads"),
+        (2, "ended before it had waited for what others stored"),
+        (3, "mbarrier: 4 bytes more than expected"),
+    ],
+)
+def test_faults_of_stores_are_reported(fault: int, message: str) -> None:
+    with pytest.raises(emulator.EmulatorError, match=message):
+        exchange(fault)
+
+
+@emulated
+def test_a_store_is_nan_until_it_is_waited_for() -> None:
+    assert exchange(4)[1].isnan().any()
 
 
 @emulated
@@ -143,6 +169,6 @@ def test_compiles_for_gpus(expression: str, architecture: str) -> None:
     try:
         static_cuda.compile(kernel(f"ttt::{expression}"), architecture)
         if architecture != "sm_80":
-            static_cuda.compile(kernel("ttt::around", cluster=4, options=("-DCLUSTERS",)), architecture)
+            static_cuda.compile(kernel("ttt::exchange", cluster=2, options=("-DCLUSTERS",)), architecture)
     except MissingTool as error:
         pytest.skip(str(error))

@@ -199,14 +199,15 @@ def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
     d, m = problem.head_dim, problem.mini_batch
     row, chunks, warps = d + 8, m // 16, d // 8
     if chunks == 1:  # `ShortShared` in `mlp_forward_short.cu`
-        shared = 11 * m * row * 2 + 2 * warps * 16 * row * 4 + (4 * 4 * d * 16 if split == 2 else 2 * 16)
-        shared += 4 * (4 * m + 4 * d // split + 2 * _place_warps(d) * d)
+        shared = 11 * m * row * 2 + 2 * warps * 16 * row * 4 + (3 * 4 * d * 16 if split == 2 else 16)
+        shared += 1024 * ((d // 16 if problem.causal else 1) + 1) + 512
+        shared += 4 * (4 * m + 4 * d // split + _place_warps(d) * d) + 2 * 8
         return _kernel(problem, "mlp_forward_short", shared, split)
     if not problem.causal:  # `NotCausalShared` in `mlp_forward_not_causal.cu`
         wide = problem.hidden // split + 8
         shared = 16 * m * row + 4 * m * wide + 2 * d * wide + chunks * warps * 1024 // split
         shared += 1024 if split == 1 else 128 * d * (chunks + chunks // 2)
-        shared += 8 * d + 4 * (2 * m + problem.hidden // split + d + chunks * d)
+        shared += 8 * d + 4 * (2 * m + problem.hidden // split + d + chunks * d) + 4 * chunks * 8
         return _kernel(problem, "mlp_forward_not_causal", shared, split)
     squares = chunks * (chunks + 1) // 2
     sums = 1 if split == 2 and chunks == 4 else 2
@@ -218,6 +219,7 @@ def forward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
         + 2 * chunks * warps * 1024 // split
         + (squares + 1) * 512
         + 4 * (3 * m + 4 * d // split + warps * d)
+        + 4 * 8
     )
     return _kernel(problem, "mlp_forward", shared, split)
 
@@ -230,6 +232,7 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
     squares = chunks * (chunks + 1) // 2 if causal else 0
     bend = causal and chunks == 1
     ahead = bend and d <= 64
+    turns = 2 if split == 2 and chunks == 1 else 1
     room = {1: 7, 2: 5}.get(chunks, 3 if causal else 4)
     shared = (  # `BackwardShared` in `mlp_backward.cu`
         14 * 8
@@ -239,11 +242,12 @@ def backward_kernel(problem: Problem, split: int = 1) -> CudaKernel:
         + (10 * m * row * 2 + warps * 128 * d // split if ahead else 64 + 16 * warps)
         + (warps * 1024 // split if bend else 16 * warps)
         + (2 if chunks == 2 else 1) * warps * 16 * row * 4
-        + ((2 * chunks + 3 * half) * 4 * d * 16 + 8 * m if split == 2 else 64)
+        + (((turns + 1) * (chunks + half) + half) * 4 * d * 16 + turns * 8 * m if split == 2 else 80)
         + min(7 if causal else 5, room) * chunks * warps * 1024 // split
         + 2 * (squares + 1) * (1024 if chunks < 4 else 512)
         + 4 * (3 * stages * m + m + 8 * d // split + _place_warps(d) * d)
         + 4 * (warps * m + m + 2 * (warps if causal else 1) * m)
+        + 8 * (turns + 1)
     )
     return _kernel(problem, "mlp_backward", shared, split)
 
@@ -258,7 +262,7 @@ _SPILLS = {
     ("mlp_backward", False): 500,
     ("mlp_backward", True): 1200,
 }
-_SPILLS_WIDE = {"mlp_forward_short": 520, "mlp_backward": 1024}
+_SPILLS_WIDE = {"mlp_forward_short": 700, "mlp_backward": 1136}
 
 
 def _place_warps(d: int) -> int:

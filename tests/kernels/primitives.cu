@@ -96,16 +96,33 @@ __global__ void faulty(const __grid_constant__ Arguments a) {
 }
 
 #ifdef CLUSTERS
-// A block of a cluster of four reads what the next one wrote: out[block] = its number.
-__global__ void __cluster_dims__(4, 1, 1) around(const __grid_constant__ Arguments a) {
+// The two blocks of a cluster send each other numbers in n % 16 rounds, over two places in turns: out[block, round,
+// thread] = 7 thread + round + 100 (the other block), in pieces of 16, 8 and 4 bytes. n / 16 is a fault: 1 nobody
+// expects them, 2 nobody waits for the last, 3 more come than expected, 4 they are read before they are waited for.
+__global__ void __cluster_dims__(2, 1, 1) exchange(const __grid_constant__ Arguments a) {
     TTT_SHARED(shared);
-    float* place = reinterpret_cast<float*>(shared);
-    if (threadIdx.x == 0) place[3] = float(blockIdx.x);
+    struct Shared { float sent[2][7 * 32]; Mbarrier there[2]; };
+    auto& s = *reinterpret_cast<Shared*>(shared);
+    const int rank = cluster_rank(), lane = threadIdx.x, rounds = int(a.n % 16), fault = int(a.n / 16);
+    float* out = reinterpret_cast<float*>(a.out) + (blockIdx.x * rounds) * 32 * 7;
+    if (lane < 2) mbarrier_init(&s.there[lane]);
     cluster_sync();
-    if (threadIdx.x == 0) {
-        reinterpret_cast<float*>(a.out)[blockIdx.x] = cluster_map(place, (cluster_rank() + 1) % 4)[3];
+    for (int i = 0; i < rounds; i++) {
+        const int turn = i % 2;
+        const float x = float(7 * lane + i + 100 * rank);
+        const float four[4] = {x, x + 1, x + 2, x + 3}, two[2] = {x + 4, x + 5}, one[1] = {x + 6};
+        float* sent = s.sent[turn];
+        if (lane == 0 && fault != 1) mbarrier_expect(&s.there[turn], 7 * 4 * 32 - (fault == 3 ? 4 : 0));
+        store_async(sent + 4 * lane, four, &s.there[turn], 1 - rank);
+        store_async(sent + 4 * 32 + 2 * lane, two, &s.there[turn], 1 - rank);
+        store_async(sent + 6 * 32 + lane, one, &s.there[turn], 1 - rank);
+        if (fault == 2 && i + 1 == rounds) break;
+        if (fault != 4) mbarrier_wait(&s.there[turn], i / 2 % 2);
+        float* to = out + (i * 32 + lane) * 7;
+        for (int k = 0; k < 4; k++) to[k] = sent[4 * lane + k];
+        to[4] = sent[4 * 32 + 2 * lane], to[5] = sent[4 * 32 + 2 * lane + 1], to[6] = sent[6 * 32 + lane];
+        if (fault == 4) mbarrier_wait(&s.there[turn], i / 2 % 2);
     }
-    cluster_sync();
 }
 #endif
 

@@ -2,9 +2,10 @@
 //
 // The fibers of a block (of all blocks of a cluster) take turns on one CPU thread, and one runs until it has to wait: at
 // a barrier, or for the other lanes of its warp, of which the last to come computes for all of them. It is strict where
-// a GPU is silent: shared memory starts as NaN, what an asynchronous copy will overwrite is NaN from its issue to its
-// wait, and a barrier that some threads never reach, lanes at different primitives, bad alignment and writes past the
-// end of shared memory are errors. It does not see races, but `order` 1 runs threads in the opposite order.
+// a GPU is silent: shared memory starts as NaN, what an asynchronous copy or store will overwrite is NaN from its issue
+// to its wait, and a barrier that some threads never reach, bytes at an mbarrier that nobody expects or waits for,
+// lanes at different primitives, bad alignment and writes past the end of shared memory are errors. It does not see
+// races, but `order` 1 runs threads in the opposite order.
 #pragma once
 
 #include <sys/mman.h>
@@ -14,6 +15,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <vector>
 #if !defined(__x86_64__) || defined(TTT_UCONTEXT)
 #define TTT_UCONTEXT  // no switch of our own here
@@ -74,7 +76,17 @@ struct Barrier {
     std::vector<Thread*> waiting;
 };
 
-struct Copy { void* to; const void* from; int group; };
+struct Store { unsigned char* to; float value; };
+
+// What `Mbarrier` in shared memory stands for.
+struct Transactions {
+    int arrivals = 0, parity = 0;
+    long bytes = 0;  // to come; fewer than 0 while none has said how many
+    std::vector<Store> stores, landed;
+    std::vector<Thread*> waiting;
+};
+
+struct Copy { void* to; const void* from; size_t bytes; int group; };
 
 struct Thread {
     uint3 index;
@@ -96,6 +108,7 @@ struct Block {
     int rank;
     unsigned char* shared;
     Barrier barrier[BARRIERS];
+    std::map<const void*, Transactions> transactions;
 };
 
 // One launch at a time: the caller holds a lock.
@@ -230,7 +243,8 @@ template <typename Mine, typename Compute> void together(const char* name, Mine&
 
 inline void check_shared(const void* pointer, size_t bytes, const char* name) {
     auto p = static_cast<const unsigned char*>(pointer);
-    if (reinterpret_cast<uintptr_t>(p) % 16) fail("%s: an address in shared memory is no multiple of 16", name);
+    if (reinterpret_cast<uintptr_t>(p) % bytes)
+        fail("%s: an address in shared memory is no multiple of %zu", name, bytes);
     const Block& block = *current->block;
     if (p < block.shared || p + bytes > block.shared + shared_bytes)
         fail("%s: byte %td is not within the %zu bytes of shared memory", name, p - block.shared, shared_bytes);
@@ -310,6 +324,11 @@ inline bool run(int grid, int cluster, int threads_of_block, size_t shared) {
         current = &host;
         run_another();
         if (!error[0] && finished < count) explain_deadlock(threads);
+        for (const Block& block : together)
+            for (const auto& [place, t] : block.transactions)
+                if (!error[0] && !(t.stores.empty() && t.landed.empty()))
+                    std::snprintf(error, sizeof error, "block %u: ended before it had waited for what others stored",
+                                  block.index.x);
         for (const Block& block : together)
             for (size_t i = 0; i < GUARD && !error[0]; i++)
                 if (block.shared[shared + i] != POISON)
@@ -465,19 +484,28 @@ inline uint32_t movmatrix(uint32_t x) {
 
 // --- Copies ---
 
-inline void copy_async_16(void* shared, const void* global) {
-    emulator::check_shared(shared, 16, "copy_async_16");
-    if (reinterpret_cast<uintptr_t>(global) % 16)
-        emulator::fail("copy_async_16: an address in global memory is no multiple of 16");
-    std::memset(shared, emulator::POISON, 16);
-    emulator::current->copies.push_back({shared, global, emulator::current->group});
+namespace emulator {
+
+inline void copy_async(void* shared, const void* global, size_t bytes, const char* name) {
+    check_shared(shared, bytes, name);
+    if (reinterpret_cast<uintptr_t>(global) % bytes)
+        fail("%s: an address in global memory is no multiple of %zu", name, bytes);
+    std::memset(shared, POISON, bytes);
+    current->copies.push_back({shared, global, bytes, current->group});
 }
+
+}  // namespace emulator
+
+inline void copy_async_16(void* shared, const void* global) {
+    emulator::copy_async(shared, global, 16, "copy_async_16");
+}
+inline void copy_async_4(void* shared, const void* global) { emulator::copy_async(shared, global, 4, "copy_async_4"); }
 inline void copy_async_commit() { emulator::current->group++; }
 template <int N> void copy_async_wait() {
     auto& copies = emulator::current->copies;
     size_t done = 0;
     while (done < copies.size() && copies[done].group < emulator::current->group - N) {
-        std::memcpy(copies[done].to, copies[done].from, 16);
+        std::memcpy(copies[done].to, copies[done].from, copies[done].bytes);
         done++;
     }
     copies.erase(copies.begin(), copies.begin() + done);
@@ -515,9 +543,61 @@ inline void cluster_sync() {
     emulator::arrive(emulator::cluster_barrier, all, true, "cluster_sync");
 }
 inline int cluster_rank() { return emulator::current->block->rank; }
-template <typename T> T* cluster_map(T* shared, int rank) {
-    auto offset = reinterpret_cast<unsigned char*>(shared) - emulator::current->block->shared;
-    return reinterpret_cast<T*>((*emulator::blocks)[rank].shared + offset);
+
+struct alignas(8) Mbarrier { unsigned long long state; };
+
+namespace emulator {
+
+// The same place in the shared memory of block `rank`.
+inline unsigned char* cluster_address(const void* shared, int rank) {
+    return (*blocks)[rank].shared + (static_cast<const unsigned char*>(shared) - current->block->shared);
+}
+inline Transactions& transactions_of(Block& block, const void* barrier, const char* name) {
+    auto found = block.transactions.find(barrier);
+    if (found == block.transactions.end()) fail("%s: no mbarrier was made there", name);
+    return found->second;
+}
+inline void end_phase(Transactions& t) {
+    if (!t.arrivals || t.bytes > 0) return;
+    if (t.bytes < 0) fail("mbarrier: %ld bytes more than expected", -t.bytes);
+    t.arrivals = 0, t.parity ^= 1;
+    t.landed.insert(t.landed.end(), t.stores.begin(), t.stores.end());
+    t.stores.clear();
+    std::vector<Thread*> woken;
+    woken.swap(t.waiting);
+    wake_all(woken.data(), int(woken.size()));
+}
+
+}  // namespace emulator
+
+inline void mbarrier_init(Mbarrier* barrier) {
+    emulator::check_shared(barrier, sizeof *barrier, "mbarrier_init");
+    emulator::current->block->transactions[barrier] = {};
+}
+inline void mbarrier_expect(Mbarrier* barrier, int bytes) {
+    auto& t = emulator::transactions_of(*emulator::current->block, barrier, "mbarrier_expect");
+    if (t.arrivals) emulator::fail("mbarrier_expect: the phase before is not over");
+    t.arrivals = 1, t.bytes += bytes;
+    emulator::end_phase(t);
+}
+inline void mbarrier_wait(Mbarrier* barrier, int parity) {
+    auto& t = emulator::transactions_of(*emulator::current->block, barrier, "mbarrier_wait");
+    while (t.parity == parity) {
+        t.waiting.push_back(emulator::current);
+        emulator::wait_at("mbarrier_wait");
+    }
+    for (const emulator::Store& store : t.landed) std::memcpy(store.to, &store.value, sizeof store.value);
+    t.landed.clear();
+}
+template <int N> void store_async(float* to, const float (&x)[N], Mbarrier* barrier, int rank) {
+    emulator::check_shared(to, N % 4 == 0 ? 16 : N % 2 == 0 ? 8 : 4, "store_async");
+    unsigned char* const there = emulator::cluster_address(to, rank);
+    emulator::Block& block = (*emulator::blocks)[rank];
+    auto& t = emulator::transactions_of(block, emulator::cluster_address(barrier, rank), "store_async");
+    std::memset(there, emulator::POISON, sizeof x);
+    for (int i = 0; i < N; i++) t.stores.push_back({there + 4 * i, x[i]});
+    t.bytes -= sizeof x;
+    emulator::end_phase(t);
 }
 
 // --- Functions of the hardware, exactly ---

@@ -121,6 +121,10 @@ TTT_INLINE uint32_t movmatrix(uint32_t x) {
 TTT_INLINE void copy_async_16(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared_address(shared)), "l"(global) : "memory");
 }
+// Of 4 bytes, at multiples of 4.
+TTT_INLINE void copy_async_4(void* shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(shared_address(shared)), "l"(global) : "memory");
+}
 TTT_INLINE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most N groups of this thread are on their way.
 template <int N> TTT_INLINE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
@@ -169,11 +173,48 @@ TTT_INLINE int cluster_rank() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return int(rank);
 }
-// The same place in the shared memory of block `rank` of the cluster.
-template <typename T> TTT_INLINE T* cluster_map(T* shared, int rank) {
-    T* there;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
+
+// --- Stores into another block of a cluster, which count their bytes at an mbarrier there ---
+
+struct alignas(8) Mbarrier { unsigned long long state; };
+
+// By one thread, before a `cluster_sync`.
+TTT_INLINE void mbarrier_init(Mbarrier* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
+        :: "r"(shared_address(barrier)) : "memory");
+}
+// By one thread of the block that has `barrier`: how many bytes are to come in this phase; 0 or more may have.
+TTT_INLINE void mbarrier_expect(Mbarrier* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+        :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// Until the phase is over, and what was stored is there: of parity 0 the first, then in turns.
+TTT_INLINE void mbarrier_wait(Mbarrier* barrier, int parity) {
+    for (uint32_t over = 0; !over;)
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}" : "=r"(over) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+// The same place in the shared memory of block `rank`.
+TTT_INLINE uint32_t cluster_address(const void* shared, int rank) {
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(shared)), "r"(rank));
     return there;
+}
+// x, in pieces of 4, 8 or 16 bytes, into block `rank`, at its place `to`, for its `barrier`.
+template <int N> TTT_INLINE void store_async(float* to, const float (&x)[N], Mbarrier* barrier, int rank) {
+    const uint32_t there = cluster_address(to, rank), done = cluster_address(barrier, rank);
+    constexpr int PIECE = N % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < N; i += PIECE)
+        if constexpr (PIECE == 4)
+            asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];"
+                :: "r"(there + 4 * i), "f"(x[i]), "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3]), "r"(done) : "memory");
+        else if constexpr (PIECE == 2)
+            asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];"
+                :: "r"(there + 4 * i), "f"(x[i]), "f"(x[i + 1]), "r"(done) : "memory");
+        else
+            asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
+                :: "r"(there + 4 * i), "f"(x[i]), "r"(done) : "memory");
 }
 
 // --- Functions of the hardware: an error of about 1 (rsqrt, exp2: 2) units in the last place ---

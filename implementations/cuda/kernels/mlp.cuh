@@ -442,17 +442,19 @@ struct View { const void* p; int64_t b, t, h; };  // a tensor B T H D or B T H, 
 // M rows of D numbers to shared memory; `aligned`: every row at a multiple of 16 bytes.
 template <typename T, int D, int M>
 TTT_INLINE void load_tokens(T* tile, const T* p, int64_t stride, bool aligned, int thread) {
-    constexpr int PIECES = D / 8;
+    constexpr int PIECES = D / 8, ROWS = Sizes<D>::THREADS / PIECES;  // rows that the block copies at once
+    const int first = thread / PIECES, col = thread % PIECES * 8;
+    const T* from = p + first * stride + col;
+    T* to = tile + first * Sizes<D>::ROW + col;
+    if (M < ROWS && first >= M) return;
+    if (aligned) {
 #pragma unroll
-    for (int i = thread; i < M * PIECES; i += Sizes<D>::THREADS) {
-        int row = i / PIECES, col = i % PIECES * 8;
-        const T* from = p + row * stride + col;
-        T* to = tile + row * Sizes<D>::ROW + col;
-        if (aligned) copy_async_16(to, from);
-        else
+        for (int row = 0; row < M; row += ROWS) copy_async_16(to + row * Sizes<D>::ROW, from + row * stride);
+    } else
 #pragma unroll 1
-            for (int k = 0; k < 8; k++) to[k] = from[k];
-    }
+        for (int row = 0; row < M; row += ROWS)
+#pragma unroll 1
+            for (int k = 0; k < 8; k++) to[row * Sizes<D>::ROW + k] = from[row * stride + k];
 }
 // Of two tensors the same 16 rows, each by half of the threads.
 template <typename T, int D>
@@ -469,6 +471,15 @@ TTT_INLINE void load_two(
     else
 #pragma unroll 1
         for (int k = 0; k < 8; k++) to[k] = from[k];
+}
+// A number to shared memory, for which no register waits: the 4 bytes that it is in, which become it once they are
+// there.
+template <typename T> TTT_INLINE void copy_number(float* to, const T* from) {
+    copy_async_4(to, reinterpret_cast<const void*>(reinterpret_cast<int64_t>(from) & ~int64_t(3)));
+}
+template <typename T> TTT_INLINE void convert_number(float* to, const T* from) {
+    const uint32_t word = __float_as_uint(*to);
+    *to = to_float(T{uint16_t(reinterpret_cast<int64_t>(from) & 2 ? word >> 16 : word)});
 }
 template <typename T> TTT_INLINE void store_four(T* p, const float (&x)[4]) {
     *reinterpret_cast<Pair*>(p) = {pack<T>(x[0], x[1]), pack<T>(x[2], x[3])};

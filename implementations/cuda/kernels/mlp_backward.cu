@@ -36,7 +36,6 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     auto& s = *reinterpret_cast<Shared*>(memory);
     int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int rank = SPLIT == 1 ? 0 : cluster_rank();
-    Shared* const other = SPLIT == 1 ? &s : cluster_map(&s, 1 - rank);
     const int64_t chain = blockIdx.x / SPLIT, batch = chain / a.heads, head = chain % a.heads;
     const int N = int(a.mini_batches), group = int(a.group), groups = (N + group - 1) / group;
     Place<D> at(thread);
@@ -109,8 +108,8 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
         else if constexpr (FAR) return Far<D, true>{second_of(k) + thread};
         else return transpose(restore_words<D, Second<D>>(second_of(k), thread));
     };
-    float next_lr = 0, next_rstd = 0, next_rstd_bar = 0;  // of token `thread`, on their way to shared memory
-    auto fetch = [&](int n, bool both) {
+    auto lr_of = [&](int n) { return s.base.lr + (int64_t(n) * M + thread) * a.lr.t; };  // of token `thread`
+    auto fetch = [&](int n, bool both) {  // `both`: what the read-out needs as well
         const int stage = n % STAGES;
         const int64_t first = int64_t(n) * M;
         const T *from_xk = s.base.xk + first * a.xk.t, *from_xq = s.base.xq + first * a.xq.t;
@@ -125,19 +124,16 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             load_tokens<T, D, M>(s.xk[stage], from_xk, a.xk.t, a.aligned, thread);
             if (both) load_tokens<T, D, M>(s.xq[stage], from_xq, a.xq.t, a.aligned, thread);
         }
-        copy_async_commit();
         if (thread < M) {
-            next_lr = to_float(s.base.lr[(first + thread) * a.lr.t]);
-            next_rstd = s.base.rstd[first + thread];
-            if (both) next_rstd_bar = s.base.rstd_bar[first + thread];
+            copy_number(s.lr[stage] + thread, lr_of(n));
+            copy_async_4(s.rstd[stage] + thread, s.base.rstd + first + thread);
+            if (both) copy_async_4(s.rstd_bar[stage] + thread, s.base.rstd_bar + first + thread);
         }
+        copy_async_commit();
     };
     auto arrived = [&](int n) {  // and a barrier behind it: `fetched`
         copy_async_wait<0>();
-        if (thread < M) {
-            const int stage = n % STAGES;
-            s.lr[stage][thread] = next_lr, s.rstd[stage][thread] = next_rstd, s.rstd_bar[stage][thread] = next_rstd_bar;
-        }
+        if (thread < M) convert_number(s.lr[n % STAGES] + thread, lr_of(n));
     };
     auto fetched = [&](int n) {
         arrived(n);
@@ -239,7 +235,11 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
     };
 
     sync();
-    if (SPLIT == 2) cluster_sync();  // both blocks have started
+    if (SPLIT == 2) {
+        if (thread < Shared::TURNS) mbarrier_init(&s.there[thread]);
+        if (thread == 0) mbarrier_init(&s.d_xk_there);
+        cluster_sync();  // both blocks have started
+    }
     for (int number = groups - 1; number >= 0; number--) {
         const int begin = number * group, end = begin + group < N ? begin + group : N;
 
@@ -416,13 +416,22 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                 if (c % SPLIT == rank) store_values(s.base.d_xv + token * own_stride + at.d, d_target.x);
                 held(c) = d_target;
             };
-            // Of a cluster: the sum of both blocks.
-            auto both = [&](int own, int sent) {
+            // Of a cluster: what is sent to the other block, and the sum of both.
+            constexpr int TURNS = Shared::TURNS;
+            const int round = N - 1 - n, turn = round % TURNS, own_chunks = (CHUNKS + 1 - rank) / 2;
+            auto send = [&](const Values<D>& x, Values<D>& place, Mbarrier* there) {
+                store_async(place.x, x.x, there, 1 - rank);
+            };
+            auto both = [&](int own, const Values<D>& sent) {
                 Values<D> x = s.mine[own][thread];
-                const Values<D> y = s.sent[sent][thread];
-                for (int i = 0; i < EACH; i++) x.x[i] += y.x[i];
+                for (int i = 0; i < EACH; i++) x.x[i] += sent.x[i];
                 return x;
             };
+            if (SPLIT == 2 && thread == 0) {
+                constexpr int BYTES = S::PLACES * int(sizeof(Values<D>));
+                mbarrier_expect(&s.there[turn], (CHUNKS + own_chunks) * BYTES + (rank == 0 ? 8 * M : 0));
+                if (own_chunks) mbarrier_expect(&s.d_xk_there, own_chunks * BYTES);
+            }
             auto write_d_xq = [&](Values<D> sum, int c) {
                 const Values<D> d_y = d_out_of(n, CHUNK * c + at.token);
                 for (int i = 0; i < EACH; i++) sum.x[i] += d_y.x[i];
@@ -601,7 +610,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     if (SPLIT == 1) write_d_xq(sum, c);
                     else if (!has_place<D>(thread)) continue;
                     else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = sum;
-                    else other->sent[CHUNKS + c / 2][thread] = sum;
+                    else send(sum, s.sent[turn][CHUNKS + c / 2][thread], &s.there[turn]);
                 }
             }
             const float read_b1_sum = sum_columns(read_b1, lane);
@@ -729,7 +738,8 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                         continue;
                     }
                     const Values<D> d_g = take();
-                    if (has_place<D>(thread)) s.mine[c][thread] = d_g, other->sent[c][thread] = d_g;
+                    if (has_place<D>(thread))
+                        s.mine[c][thread] = d_g, send(d_g, s.sent[turn][c][thread], &s.there[turn]);
                 }
             }
             float along = 0, d_lr_read = 0;  // of token `thread`
@@ -743,7 +753,11 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             if (SPLIT == 2) {
                 sync();
                 sum_along();
-                if (rank == 1 && thread < M) other->sent_along[thread] = along, other->sent_lr[thread] = d_lr_read;
+                if (rank == 1 && thread < M) {
+                    const float sums[2][1] = {{along}, {d_lr_read}};
+                    store_async(s.sent_along[turn] + thread, sums[0], &s.there[turn], 0);
+                    store_async(s.sent_lr[turn] + thread, sums[1], &s.there[turn], 0);
+                }
                 refresh();
                 NormOf<D> norm[CHUNKS];
                 Values<D> error[CHUNKS];
@@ -752,14 +766,17 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     const int row = CHUNK * c + at.token;
                     norm[c] = norm_of(n, row), error[c] = inner_error(norm[c], n, row);
                 }
-                cluster_sync();
+                mbarrier_wait(&s.there[turn], round / TURNS % 2);
+                const auto& sent = s.sent[turn];
 #pragma unroll
-                for (int c = 0; c < CHUNKS && has_place<D>(thread); c++) second_order(both(c, c), c, norm[c], error[c]);
+                for (int c = 0; c < CHUNKS && has_place<D>(thread); c++)
+                    second_order(both(c, sent[c][thread]), c, norm[c], error[c]);
 #pragma unroll
                 for (int c = 0; c < CHUNKS; c += 2)
                     if (c + rank < CHUNKS && has_place<D>(thread))
-                        write_d_xq(both(CHUNKS + c / 2, CHUNKS + c / 2), c + rank);
-                if (rank == 0 && thread < M) along += s.sent_along[thread], d_lr_read += s.sent_lr[thread];
+                        write_d_xq(both(CHUNKS + c / 2, sent[CHUNKS + c / 2][thread]), c + rank);
+                if (rank == 0 && thread < M)
+                    along += s.sent_along[turn][thread], d_lr_read += s.sent_lr[turn][thread];
             }
             share_b2();
             sync();
@@ -829,7 +846,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
                     if (SPLIT == 1) write_d_xk(sum, c);
                     else if (!has_place<D>(thread)) continue;
                     else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = sum;
-                    else other->sent[CHUNKS + Shared::HALF + c / 2][thread] = sum;
+                    else send(sum, s.sent_d_xk[c / 2][thread], &s.d_xk_there);
                 }
             }
 
@@ -845,9 +862,10 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_backward(const __grid_constant__ Bac
             const float step = sum_columns(step_b1, lane) + (CAUSAL ? read_b1_sum : 0.0f);
             if (owns_column(lane)) d_b1[column_of(lane)] += step;
             if (SPLIT == 2) {
-                cluster_sync();
+                if (own_chunks) mbarrier_wait(&s.d_xk_there, round % 2);
                 for (int c = rank; c < CHUNKS && has_place<D>(thread); c += 2)
-                    write_d_xk(both(CHUNKS + c / 2, CHUNKS + Shared::HALF + c / 2), c);
+                    write_d_xk(both(CHUNKS + c / 2, s.sent_d_xk[c / 2][thread]), c);
+                if (STAGES == 1) sync();
             } else if (STAGES == 1) sync();
             if (STAGES == 1 && n > begin) fetch(n - 1, true);
         }

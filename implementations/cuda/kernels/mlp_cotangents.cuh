@@ -59,14 +59,19 @@ template <typename T, int D, int M, bool CAUSAL> struct BackwardShared {
     // go to the block that writes the chunk.
     static constexpr int HALF = (CHUNKS + 1) / 2;
     Values<D> mine[SPLIT == 1 ? 1 : CHUNKS + HALF][SPLIT == 1 ? 1 : S::PLACES];
-    Values<D> sent[SPLIT == 1 ? 1 : CHUNKS + 2 * HALF][SPLIT == 1 ? 1 : S::PLACES];
-    float sent_along[SPLIT == 1 ? 4 : M], sent_lr[SPLIT == 1 ? 4 : M];
+    // With one chunk only one block waits for d_xk, and the other may be a mini-batch ahead: then d_g_z2 and d_xq come
+    // in turns.
+    static constexpr int TURNS = SPLIT == 2 && CHUNKS == 1 ? 2 : 1;
+    Values<D> sent[TURNS][SPLIT == 1 ? 1 : CHUNKS + HALF][SPLIT == 1 ? 1 : S::PLACES];
+    Values<D> sent_d_xk[SPLIT == 1 ? 1 : HALF][SPLIT == 1 ? 1 : S::PLACES];
+    float sent_along[TURNS][SPLIT == 1 ? 4 : M], sent_lr[TURNS][SPLIT == 1 ? 4 : M];
     uint32_t kept[KEPT_SHARED][CHUNKS][S::WARPS][SLOT_WORDS];
     uint32_t attn1[SQUARES + 1][WIDE ? 256 : 128], d_scores2[SQUARES + 1][WIDE ? 256 : 128];
     float lr[STAGES][M], rstd[STAGES][M], rstd_bar[STAGES][M], token_eta[M], b1[S::OWN], d_b1[S::OWN],
         b2_part[S::PLACE_WARPS][D];
     float along[S::WARPS][M], along_b2[M];
     float lr_part[CAUSAL ? S::WARPS : 1][M], eta_part[CAUSAL ? S::WARPS : 1][M];
+    Mbarrier there[TURNS], d_xk_there;  // what was sent: d_g_z2, d_xq and sums; d_xk
 };
 
 // What a block has in global memory.

@@ -32,6 +32,7 @@ template <typename T, int D, int M> struct ForwardShared {
     uint32_t slope[CHUNKS][S::WARPS][SLOT_WORDS];  // gelu'(z1), then g_z1
     uint32_t read[SQUARES + 1][128];        // -eta (attn1 + 1), squares of 16 tokens as A operands
     float lr[2][M], token_eta[M], b1[S::OWN], b2_part[S::WARPS][D];
+    Mbarrier there[2][2];  // what was sent of z2, and of z2_bar, in turns
 };
 
 template <typename T, int D, int M>
@@ -47,8 +48,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int rank = SPLIT == 1 ? 0 : cluster_rank();
     const int64_t chain = blockIdx.x / SPLIT, batch = chain / a.heads, head = chain % a.heads;
-    const int N = int(a.mini_batches);
-    Shared* const other = SPLIT == 1 ? &s : cluster_map(&s, 1 - rank);
+    const int N = int(a.mini_batches), group = int(a.group), groups = (N + group - 1) / group;
     const Place<D> at(thread);
     const T* xq = static_cast<const T*>(a.xq.p) + batch * a.xq.b + head * a.xq.h;
     const T* xk = static_cast<const T*>(a.xk.p) + batch * a.xk.b + head * a.xk.h;
@@ -72,16 +72,17 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
     load_weights<D>(w1, w2, a.w1 + chain * F * D, a.w2 + chain * F * D, rank * S::OWN + warp * SLICE, lane);
     float* b1 = s.b1 + SLICE * warp;
 
-    float next_lr = 0;  // of token `thread`, on its way to shared memory
+    auto lr_of = [&](int n) { return lr + (int64_t(n) * M + thread) * a.lr.t; };  // of token `thread`
     auto fetch = [&](int n) {
         const int stage = n & 1;
         const int64_t first = int64_t(n) * M;
         load_tokens<T, D, M>(s.xq[stage], xq + first * a.xq.t, a.xq.t, a.aligned, thread);
         load_tokens<T, D, M>(s.xk[stage], xk + first * a.xk.t, a.xk.t, a.aligned, thread);
         load_tokens<T, D, M>(s.xv[stage], xv + first * a.xv.t, a.xv.t, a.aligned, thread);
-        if (thread < M) next_lr = to_float(lr[(first + thread) * a.lr.t]);
+        if (thread < M) copy_number(s.lr[stage] + thread, lr_of(n));
         copy_async_commit();
     };
+    int next_saved = 0;  // the mini-batch whose fast weights are
     int turn = 0;  // which of the two buffers of partial sums is next
     // A sum over warps, where the caller's token and four d are: every warp posts its part, and behind a barrier takes.
     auto post = [&](const float(&part)[D / 8][4]) {
@@ -108,11 +109,14 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
     };
 
     fetch(0);
-    if (SPLIT == 2) cluster_sync();  // both blocks have started
+    if (SPLIT == 2) {
+        if (thread < 4) mbarrier_init(&s.there[0][thread]);
+        cluster_sync();  // both blocks have started
+    }
     for (int n = 0; n < N; n++) {
         const int stage = n & 1;
         copy_async_wait<0>();
-        if (thread < M) s.lr[stage][thread] = next_lr;
+        if (thread < M) convert_number(s.lr[stage] + thread, lr_of(n));
         sync();
         if (n + 1 < N) fetch(n + 1);
         // Of a cluster: the sum of both blocks, and z2_bar, which goes to the block that writes the chunk.
@@ -120,16 +124,21 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
             Four x = s.mine[k][thread], y = s.sent[n & 1][k][thread];
             return Four{x.x[0] + y.x[0], x.x[1] + y.x[1], x.x[2] + y.x[2], x.x[3] + y.x[3]};
         };
+        auto send = [&](const Four& x, int k, int bar) {
+            store_async(s.sent[n & 1][k][thread].x, x.x, &s.there[n & 1][bar], 1 - rank);
+        };
+        if (SPLIT == 2 && thread < 2)
+            mbarrier_expect(&s.there[n & 1][thread], (thread ? CHUNKS / 2 : CHUNKS) * int(sizeof s.sent[0][0]));
         auto read = [&](const Four& z2_bar, const T* tile, int c) {
             if (SPLIT == 1) write_out(z2_bar, tile, n, c);
             else if (c % 2 == rank) s.mine[CHUNKS + c / 2][thread] = z2_bar;
-            else other->sent[n & 1][CHUNKS + c / 2][thread] = z2_bar;
+            else send(z2_bar, CHUNKS + c / 2, 1);
         };
         const T *xq_tile = s.xq[stage], *xk_tile = s.xk[stage], *xv_tile = s.xv[stage];
         const float* lr_n = s.lr[stage];
-        if (n % a.group == 0) {
-            float* record =
-                a.saved + ((chain * ((N + a.group - 1) / a.group) + n / a.group) * SPLIT + rank) * S::RECORD;
+        if (n == next_saved) {
+            float* record = a.saved + ((chain * groups + n / group) * SPLIT + rank) * S::RECORD;
+            next_saved += group;
             save_weights<D>(record, w1, w2, thread);
             if (thread < S::OWN) record[S::RECORD - S::OWN + thread] = s.b1[thread];
         }
@@ -203,13 +212,13 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
                         times_second<T, D>(part, x2[p + 1], w2_r);
                     }
                     const Four sum = take();
-                    if (SPLIT == 2) s.mine[c + p][thread] = sum, other->sent[n & 1][c + p][thread] = sum;
+                    if (SPLIT == 2) s.mine[c + p][thread] = sum, send(sum, c + p, 0);
                     else inner_gradient(sum, c + p);
                 }
             }
         }
         if (SPLIT == 2) {
-            cluster_sync();
+            mbarrier_wait(&s.there[n & 1][0], n / 2 % 2);
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++) inner_gradient(both(c), c);
         }
@@ -290,7 +299,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward(const __grid_constant__ Forw
             }
         }
         if (SPLIT == 2) {
-            cluster_sync();
+            mbarrier_wait(&s.there[n & 1][1], n / 2 % 2);
 #pragma unroll 1
             for (int c = rank; c < CHUNKS; c += 2) write_out(both(CHUNKS + c / 2), xq_tile, n, c);
         }

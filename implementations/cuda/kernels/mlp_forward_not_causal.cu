@@ -6,8 +6,9 @@
 //                               g_z2; out
 //     3. by hidden columns:     g_x2 = g_z2 w2^T, g_z1 = g_x2 gelu'(z1);
 //                               W1^T -= (eta lr g_z1)^T xk, W2^T -= (eta lr g_z2)^T x2
-// A sum over f is a product's own: no warp has a part of it to add up, and a mini-batch has four barriers. On an H100,
-// video-5b: 2.17 ms, where sums of parts, as in mlp_forward.cu, took 2.74.
+// A sum over f is a product's own: no warp has a part of it to add up, and a mini-batch has three barriers. On an H100,
+// video-5b: 2.17 ms with a cluster's barrier as the fourth, where sums of parts, as in mlp_forward.cu, took 2.74; now
+// the warps that have the same 16 tokens in both blocks exchange them, and wait for nobody else: 2.03.
 //
 // Bytes: as mlp_forward.cu.
 #include "mlp_arguments.cuh"
@@ -27,6 +28,7 @@ template <typename T, int D, int M> struct NotCausalShared {
     Four sent[2][SPLIT == 1 ? 1 : CHUNKS + CHUNKS / 2][SPLIT == 1 ? 1 : D / 8][32];
     Four ln[D / 2];                  // gamma, gamma, beta, beta
     float lr[2][M], b1[S::OWN], b2[D], b2_part[CHUNKS][D];
+    Mbarrier there[2][2 * CHUNKS];  // what was sent of each 16 tokens' z2 and z2_bar
 };
 
 // Accumulators [16 tokens, D] of a warp: two rows in each quad, which become their x_hat.
@@ -93,9 +95,8 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward_not_causal(const __grid_cons
     auto& s = *reinterpret_cast<Shared*>(memory);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int rank = SPLIT == 1 ? 0 : cluster_rank();
-    Shared* const other = SPLIT == 1 ? &s : cluster_map(&s, 1 - rank);
     const int64_t chain = blockIdx.x / SPLIT, batch = chain / a.heads, head = chain % a.heads;
-    const int N = int(a.mini_batches);
+    const int N = int(a.mini_batches), group = int(a.group), groups = (N + group - 1) / group;
     auto of = [&](const View& x) { return static_cast<const T*>(x.p) + batch * x.b + head * x.h; };
     const T *xq = of(a.xq), *xk = of(a.xk), *xv = of(a.xv), *lr = of(a.lr);
     const int64_t out_stride = a.heads * D;
@@ -115,14 +116,15 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward_not_causal(const __grid_cons
     load_weights<D>(w1, w2, a.w1 + chain * F * D, a.w2 + chain * F * D, rank * S::OWN + first, lane);
     float* b1 = s.b1 + first;
 
-    float next_lr = 0;  // of token `thread`, on its way to shared memory
+    int next_saved = 0;  // the mini-batch whose fast weights are
+    T next_lr{};  // of token `thread`, on its way to shared memory
     auto fetch = [&](int n) {  // and xq of the mini-batch before
         const int stage = n & 1;
         load_tokens<T, D, M>(s.xq[stage], xq + int64_t(n ? n - 1 : 0) * M * a.xq.t, a.xq.t, a.aligned, thread);
         if (n < N) {
             load_tokens<T, D, M>(s.xk[stage], xk + int64_t(n) * M * a.xk.t, a.xk.t, a.aligned, thread);
             load_tokens<T, D, M>(s.xv[stage], xv + int64_t(n) * M * a.xv.t, a.xv.t, a.aligned, thread);
-            if (thread < M) next_lr = to_float(lr[(int64_t(n) * M + thread) * a.lr.t]);
+            if (thread < M) next_lr = lr[(int64_t(n) * M + thread) * a.lr.t];
         }
         copy_async_commit();
     };
@@ -209,16 +211,19 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward_not_causal(const __grid_cons
     };
 
     fetch(0);
-    if (SPLIT == 2) cluster_sync();  // both blocks have started
+    if (SPLIT == 2) {
+        if (thread < 4 * CHUNKS) mbarrier_init(&s.there[0][thread]);
+        cluster_sync();  // both blocks have started
+    }
     for (int n = 0; n <= N; n++) {
         const int stage = n & 1;
         copy_async_wait<0>();
-        if (thread < M) s.lr[stage][thread] = next_lr;
+        if (thread < M) s.lr[stage][thread] = to_float(next_lr);
         sync();
         if (n < N) fetch(n + 1);
-        if (n < N && n % a.group == 0) {
-            float* record =
-                a.saved + ((chain * ((N + a.group - 1) / a.group) + n / a.group) * SPLIT + rank) * S::RECORD;
+        if (n < N && n == next_saved) {
+            float* record = a.saved + ((chain * groups + n / group) * SPLIT + rank) * S::RECORD;
+            next_saved += group;
             save_weights<D>(record, w1, w2, thread);
             if (thread < S::OWN) record[S::RECORD - S::OWN + thread] = s.b1[thread];
         }
@@ -284,12 +289,14 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward_not_causal(const __grid_cons
                         mma<T>(z[u][2 * j + 1], x, w[2], w[3]);
                     }
                 }
-                if (SPLIT == 1 || bar && c % 2 == rank) continue;
-                auto& sent = other->sent[stage][bar ? CHUNKS + c / 2 : c];
+                if (SPLIT == 1) continue;
+                auto& sent = s.sent[stage][bar ? CHUNKS + c / 2 : c];
+                Mbarrier* const there = &s.there[stage][unit];
+                if (lane == 0 && !(bar && c % 2 != rank)) mbarrier_expect(there, sizeof sent);
+                if (bar && c % 2 == rank) continue;
 #pragma unroll
-                for (int j = 0; j < D / 8; j++) sent[j][lane] = {z[u][j][0], z[u][j][1], z[u][j][2], z[u][j][3]};
+                for (int j = 0; j < D / 8; j++) store_async(sent[j][lane].x, z[u][j], there, 1 - rank);
             }
-            if (SPLIT == 2) cluster_sync();
 #pragma unroll
             for (int u = 0; u < UNITS; u++) {
                 const int unit = warp + S::WARPS * u, bar = unit / CHUNKS, c = unit % CHUNKS;
@@ -297,6 +304,7 @@ __launch_bounds__(Sizes<D>::THREADS, 1) mlp_forward_not_causal(const __grid_cons
                 if (SPLIT == 2) {
                     if (bar && c % 2 != rank) continue;
                     const auto& sent = s.sent[stage][bar ? CHUNKS + c / 2 : c];
+                    mbarrier_wait(&s.there[stage][unit], n / 2 % 2);
 #pragma unroll
                     for (int j = 0; j < D / 8; j++) {
                         const Four more = sent[j][lane];
