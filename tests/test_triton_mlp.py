@@ -74,8 +74,9 @@ def test_right_against_the_oracle(worker, dtype, changes, tmp_path):
         ("bf16", {"tokens": 96, "causal": False, "head_dim": 32}),  # three chunks of two
         ("fp16", {"tokens": 16, "head_dim": 32}),
         ("bf16", {"tokens": 32, "head_dim": 64}),  # the sum over F in halves
-        ("bf16", {"tokens": 192, "mini_batch": 64, "causal": False, "head_dim": 32}),  # the kernels of `mlp_wide.py`
-        ("fp16", {"tokens": 128, "mini_batch": 64, "head_dim": 32}),
+        ("bf16", {"tokens": 192, "mini_batch": 64, "causal": False, "head_dim": 32}),  # the walks of `mlp_tiles.py`
+        ("fp16", {"tokens": 128, "mini_batch": 64, "head_dim": 64, "strided": True}),
+        ("bf16", {"tokens": 96, "head_dim": 96}),  # three chunks of two, D in tiles and padded
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from spec.tensors import MlpInputs, MlpOutputs
 
 
 def page(problem: Problem) -> Any:
-    """The module that solves `problem`: fast weights in registers where they fit, else in the L2 cache."""
+    """The module that solves `problem`: off the chain where that can."""
     return ttt_mlp if offchain_limit(problem) else ttt_mlp_offchain
 
 

@@ -17,6 +17,7 @@ from implementations.triton import split_linear, ttt_linear, ttt_mlp, ttt_mlp_of
 
 SIZES = ((64, 16, True), (64, 64, True), (64, 64, False))  # D, M
 SMALL = ((32, 16, True),)
+TILES = ((96, 16, True),)
 
 
 def runs() -> Iterator[Run]:
@@ -25,7 +26,7 @@ def runs() -> Iterator[Run]:
         "linear/chain": ("linear", ttt_linear, SIZES + SMALL),
         "linear/split": ("linear", split_linear, SIZES + SMALL),
         "mlp/chain": ("mlp", ttt_mlp, SIZES + SMALL),
-        "mlp/offchain": ("mlp", ttt_mlp_offchain, SIZES + SMALL),
+        "mlp/offchain": ("mlp", ttt_mlp_offchain, SIZES + SMALL + TILES),
     }
     for name, (inner_model, page, sizes) in pages.items():
         yield Run(name, inner_model, partial(page.forward, group=8), page.backward, sizes, 12)

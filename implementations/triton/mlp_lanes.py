@@ -15,14 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from implementations.triton.blocks import INTERPRETED, load_tokens, matmul_add, nearest, token_pointers, wide
-
-
-@triton.jit
-def token(M: tl.constexpr):
-    """[M]: which token of the mini-batch comes where; a lane has four in a row."""
-    m = tl.arange(0, M)
-    return m % 8 // 2 * 4 + m // 8 * 2 + m % 2
+from implementations.triton.blocks import INTERPRETED, matmul_add, nearest, token_pointers, wide
 
 
 @triton.jit
@@ -34,11 +27,37 @@ def column(D: tl.constexpr):
 
 
 @triton.jit
-def load_tokens_apart(view, batch, head, n, M: tl.constexpr, D: tl.constexpr):
-    """[M, D], as stored."""
+def token(M: tl.constexpr):
+    """[M]: which token of the mini-batch comes where, likewise."""
+    return column(M)
+
+
+@triton.jit
+def _apart(x):
+    """[M, D] in the order of memory -> in that of `token` and `column`."""
+    M: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    L: tl.constexpr = 4 if M >= 32 else 2
     J: tl.constexpr = 4 if D >= 32 else 2
-    x = tl.reshape(load_tokens(view, batch, head, n, M, D, D), [4, 2, M // 8, D // (8 * J), 4, J, 2])
-    return tl.reshape(tl.permute(x, (1, 0, 2, 3, 5, 4, 6)), [M, D])
+    x = tl.reshape(x, [M // (8 * L), 4, L, 2, D // (8 * J), 4, J, 2])
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3, 4, 6, 5, 7)), [M, D])
+
+
+@triton.jit
+def _together(x):
+    """The other way."""
+    M: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    L: tl.constexpr = 4 if M >= 32 else 2
+    J: tl.constexpr = 4 if D >= 32 else 2
+    x = tl.reshape(x, [M // (8 * L), L, 4, 2, D // (8 * J), J, 4, 2])
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3, 4, 6, 5, 7)), [M, D])
+
+
+@triton.jit
+def load_tokens_apart(view, batch, head, n, M: tl.constexpr, D: tl.constexpr, AT: tl.constexpr = 0):
+    """[M, D], as stored; columns AT and on."""
+    return _apart(tl.load(token_pointers(view, batch, head, n, M)[:, None] + AT + tl.arange(0, D)[None, :]))
 
 
 @triton.jit
@@ -60,7 +79,9 @@ def _ask(p):
 @triton.jit
 def ask_for(p, LINES: tl.constexpr):
     """Ask for `LINES` times 128 bytes from `p` on."""
-    _ask(p + tl.arange(0, LINES) * (1024 // p.dtype.element_ty.primitive_bitwidth))
+    ONCE: tl.constexpr = LINES & -LINES  # a power of two
+    for i in tl.static_range(LINES // ONCE):
+        _ask(p + (i * ONCE + tl.arange(0, ONCE)) * (1024 // p.dtype.element_ty.primitive_bitwidth))
 
 
 @triton.jit
@@ -70,35 +91,41 @@ def ask_for_tokens(view, batch, head, n, M: tl.constexpr):
 
 
 @triton.jit
-def _offsets(F: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TURNED: tl.constexpr):
+def _offsets(F: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TURNED: tl.constexpr, APART: tl.constexpr):
     """[32 W, F/W/8, N/V/4, V]: rows g, g + 8, ... of the warp's, every lane with groups of V numbers of [F, N].
 
-    If TURNED, of [N, F].
+    If TURNED, of [N, F]. Rows are APART from each other in memory, if that is not 0.
     """
     V: tl.constexpr = 8 if N >= 32 else 4
     lane, v = tl.arange(0, 32 * W)[:, None, None, None], tl.arange(0, V)[None, None, None, :]
     row, group = tl.arange(0, F // W // 8)[None, :, None, None], tl.arange(0, N // V // 4)[None, None, :, None]
     if TURNED:
-        return lane // 32 * (F // W) + lane // 4 % 8 + lane % 4 * (V * F) + row * 8 + group * (4 * V * F) + v * F
+        S: tl.constexpr = APART if APART else F
+        return lane // 32 * (F // W) + lane // 4 % 8 + lane % 4 * (V * S) + row * 8 + group * (4 * V * S) + v * S
     else:
-        return (lane // 32 * (F // W) + lane // 4 % 8) * N + lane % 4 * V + row * (8 * N) + group * (4 * V) + v
+        S: tl.constexpr = APART if APART else N
+        return (lane // 32 * (F // W) + lane // 4 % 8) * S + lane % 4 * V + row * (8 * S) + group * (4 * V) + v
 
 
 @triton.jit
-def load_block(p, F: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TURNED: tl.constexpr = False):
+def load_block(
+    p, F: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TURNED: tl.constexpr = False, APART: tl.constexpr = 0
+):
     """[W, F/W, N] of [F, N] from `p` on, as stored."""
     V: tl.constexpr = 8 if N >= 32 else 4
-    x = tl.reshape(tl.load(p + _offsets(F, N, W, TURNED)), [W, 8, 4, F // W // 8, N // V // 4, V // 2, 2])
+    x = tl.reshape(tl.load(p + _offsets(F, N, W, TURNED, APART)), [W, 8, 4, F // W // 8, N // V // 4, V // 2, 2])
     return tl.reshape(tl.permute(x, (0, 3, 1, 4, 5, 2, 6)), [W, F // W, N])
 
 
 @triton.jit
-def store_block(p, x, F: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TURNED: tl.constexpr = False):
+def store_block(
+    p, x, F: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TURNED: tl.constexpr = False, APART: tl.constexpr = 0
+):
     """The other way, rounded to what is stored there."""
     V: tl.constexpr = 8 if N >= 32 else 4
     x = tl.reshape(nearest(x, p.dtype.element_ty), [W, F // W // 8, 8, N // V // 4, V // 2, 4, 2])
     x = tl.reshape(tl.permute(x, (0, 2, 5, 1, 3, 4, 6)), [32 * W, F // W // 8, N // V // 4, V])
-    tl.store(p + _offsets(F, N, W, TURNED), x)
+    tl.store(p + _offsets(F, N, W, TURNED, APART), x)
 
 
 @triton.jit
@@ -114,15 +141,22 @@ def _narrow(M: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def load_narrow(p, M: tl.constexpr, D: tl.constexpr):
     """[M, D] of [D, M] from `p` on, as stored."""
-    x = tl.reshape(tl.load(p + _narrow(M, D)), [D // 8, 8, 4, 2, 2])
-    return tl.reshape(tl.permute(x, (3, 1, 0, 2, 4)), [M, D])
+    if M == 16:
+        x = tl.reshape(tl.load(p + _narrow(M, D)), [D // 8, 8, 4, 2, 2])
+        return tl.reshape(tl.permute(x, (3, 1, 0, 2, 4)), [M, D])
+    else:
+        return _apart(tl.trans(tl.load(p + tl.arange(0, D)[:, None] * M + tl.arange(0, M)[None, :])))
 
 
 @triton.jit
 def store_narrow(p, x, M: tl.constexpr, D: tl.constexpr):
     """The other way, rounded to what is stored there."""
-    x = tl.reshape(nearest(x, p.dtype.element_ty), [2, 8, D // 8, 4, 2])
-    tl.store(p + _narrow(M, D), tl.reshape(tl.permute(x, (2, 1, 3, 0, 4)), [4 * D, 4]))
+    x = nearest(x, p.dtype.element_ty)
+    if M == 16:
+        x = tl.reshape(x, [2, 8, D // 8, 4, 2])
+        tl.store(p + _narrow(M, D), tl.reshape(tl.permute(x, (2, 1, 3, 0, 4)), [4 * D, 4]))
+    else:
+        tl.store(p + tl.arange(0, D)[:, None] * M + tl.arange(0, M)[None, :], tl.trans(_together(x)))
 
 
 @triton.jit

@@ -43,9 +43,10 @@ def offchain_limit(problem: Problem) -> str | None:
     """Why `triton.offchain` cannot solve `problem`, with the way out, or None."""
     if problem.dtype not in ("bf16", "fp16"):
         return f"dtype: expected bf16 or fp16, got {problem.dtype}: use triton.chain"
-    if problem.head_dim not in (32, 64):  # two of D x 4 D in fp32 are half of an SM's registers at 64
-        expected = "32 or 64, whose fast weights fit in registers"
-        return f"head_dim: expected {expected}, got {problem.head_dim}: use triton.chain"
-    if problem.mini_batch not in (16, 64):
-        return f"mini_batch: expected 16 or 64, got {problem.mini_batch}: use triton.chain"
+    if problem.head_dim not in (32, 64, 96):
+        return f"head_dim: expected 32, 64 or 96, got {problem.head_dim}: use triton.chain"
+    sizes = (16,) if problem.head_dim == 96 else (16, 64)
+    if problem.mini_batch not in sizes:
+        expected = " or ".join(map(str, sizes))
+        return f"mini_batch: expected {expected}, got {problem.mini_batch}: use triton.chain"
     return None

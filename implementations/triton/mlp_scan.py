@@ -40,6 +40,7 @@ from implementations.triton.blocks import (
     token_pointers,
     wide,
 )
+from implementations.triton.mlp_blocks import load
 from implementations.triton.mlp_lanes import (
     ask_for,
     by_memory,
@@ -54,7 +55,7 @@ from implementations.triton.mlp_lanes import (
     store_narrow,
     token,
 )
-from implementations.triton.mlp_readout import hidden, inner, load_hidden
+from implementations.triton.mlp_readout import across, inner, load_hidden, load_rows
 from implementations.triton.mlp_trace import load_weights, store_weights, sum_5
 
 
@@ -66,7 +67,6 @@ class Walked(NamedTuple):
     pulled2: Any  # [B H K D C], fp32
     d_w1: Any  # [B H K F D], transposed, at the end of every chunk
     d_b1: Any  # [B H K F], fp32
-    d_w2: Any  # [B H K F D], where `mlp_wide` walks
 
 
 @triton.jit
@@ -87,25 +87,23 @@ def ask_for_chunk(trace, pulled, chunk, D: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def second_order(
-    d_g_z2, x_hat, p, rstd, mean_p, along_p, mean1, mean2, ln_weight, mean_gamma2, D: tl.constexpr, AXIS: tl.constexpr
-):
+def second_order(d_g_z2, x_hat, p, rstd, mean_p, along_p, mean1, mean2, ln_weight, mean_gamma2, D: tl.constexpr):
     """d_z2 of d_g_z2: `blocks.inner_gradient_backward`, linear in it, so one round of sums is enough.
 
-    d_g_z2, x_hat, p: [M, D] or [D, M], with D at AXIS; ln_weight as broad; rstd and the means [M].
+    d_g_z2, x_hat, p: [M, D]; ln_weight [1, D]; rstd and the means [M].
     """
     gamma2 = ln_weight * ln_weight
     scaled = gamma2 * d_g_z2
-    mean, along, with_p, mean_s, along_s = sum_5(d_g_z2, d_g_z2 * x_hat, d_g_z2 * p, scaled, scaled * x_hat, AXIS)
+    mean, along, with_p, mean_s, along_s = sum_5(d_g_z2, d_g_z2 * x_hat, d_g_z2 * p, scaled, scaled * x_hat)
     mean, along = mean * (1.0 / D), along * (1.0 / D)
     through_rstd = with_p * (1.0 / D) - mean_p * mean - along_p * along
     mean_x = mean_s * (1.0 / D) - mean * mean_gamma2 - along * mean1 - along_p * mean - along * mean_p
     along_x = along_s * (1.0 / D) - mean * mean1 - along * mean2 - 2 * along_p * along
-    mean, along, along_p = tl.expand_dims(mean, AXIS), tl.expand_dims(along, AXIS), tl.expand_dims(along_p, AXIS)
+    mean, along, along_p = mean[:, None], along[:, None], along_p[:, None]
     d_x_hat = gamma2 * (d_g_z2 - mean - x_hat * along)
     d_x_hat -= along_p * d_g_z2 + along * p
-    d_x_hat -= tl.expand_dims(mean_x, AXIS) + x_hat * tl.expand_dims(along_x + through_rstd, AXIS)
-    return tl.expand_dims(rstd * rstd, AXIS) * d_x_hat
+    d_x_hat -= mean_x[:, None] + x_hat * (along_x + through_rstd)[:, None]
+    return (rstd * rstd)[:, None] * d_x_hat
 
 
 @triton.jit(do_not_specialize=["first", "count"])
@@ -169,9 +167,7 @@ def scan(
         along_p = tl.load(pulled.along_p + at)
         mean1 = tl.load(pulled.mean1 + at)
         mean2 = tl.load(pulled.mean2 + at)
-        d_z2 = second_order(
-            d_g_z2, x_hat, p, rstd, mean_p, along_p, mean1, mean2, ln_weight[None, :], mean_gamma2, D, 1
-        )
+        d_z2 = second_order(d_g_z2, x_hat, p, rstd, mean_p, along_p, mean1, mean2, ln_weight[None, :], mean_gamma2, D)
         d_b2 += tl.sum(d_z2, 0)
         d_z2 = nearest(d_z2, DTYPE)
 
@@ -199,7 +195,7 @@ def scan(
 @triton.jit(do_not_specialize=["first", "chunks", "all_chunks"])
 def finish(
     inputs, shared, trace, pulled, walked, gradients, sums, first, chunks, all_chunks, heads,
-    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Chunk `first + program_id(0) % chunks` of chain `program_id(0) / chunks`: d_xk, d_xv, d_lr.
 
@@ -210,25 +206,25 @@ def finish(
     chain, n = tl.program_id(0) // chunks, first + tl.program_id(0) % chunks
     batch, head, chunk = chain // heads, chain % heads, wide(tl.program_id(0))
     part = wide(chain) * all_chunks + n
-    c, d = tl.arange(0, C), tl.arange(0, D)
+    c = tl.arange(0, C)
     eta_last = tl.load(shared.token_eta + M - 1)
     p = tl.zeros([C, C], tl.float32)  # P[i, j]
     along1 = tl.zeros([C], tl.float32)
-    through_w1 = tl.zeros([C, D], tl.float32)
-    through_d_w1 = tl.zeros([C, D], tl.float32)
+    through_w1 = tl.zeros([C, BD], tl.float32)
+    through_d_w1 = tl.zeros([C, BD], tl.float32)
     for f in tl.range(0, F, BF, num_stages=STAGES):
         _, g_z1 = inner(trace, chunk, f, BF, F, C, M)  # [BF, C]
         d_z1 = load_hidden(walked.d_z1, chunk, f, BF, F, C, M)
-        w1 = load_hidden(trace.w1, chunk, f, BF, F, D, D)
-        d_w1 = load_hidden(walked.d_w1, chunk, f, BF, F, D, D)
+        w1 = load_rows(trace.w1, chunk, f, BF, F, D, BD)
+        d_w1 = load_rows(walked.d_w1, chunk, f, BF, F, D, BD)
         d_b1 = tl.load(walked.d_b1 + chunk * F + f + tl.arange(0, BF))
         along1 += tl.sum(g_z1.to(tl.float32) * d_b1[:, None], 0)
         p = matmul_add(tl.trans(d_z1), g_z1, p, DTYPE, "ieee")  # [C, BF] @ [BF, C] -> [C, C]
         through_w1 = matmul_add(tl.trans(d_z1), w1, through_w1, DTYPE, "ieee")  # [C, BF] @ [BF, D] -> [C, D]
         through_d_w1 = matmul_add(tl.trans(g_z1), d_w1, through_d_w1, DTYPE, "ieee")
 
-    xk = load_tokens(inputs.xk, batch, head, n, C, D, D)
-    xv = load_tokens(inputs.xv, batch, head, n, C, D, D)
+    xk = load_tokens(inputs.xk, batch, head, n, C, D, BD)
+    xv = load_tokens(inputs.xv, batch, head, n, C, D, BD)
     lr = tl.load(token_pointers(inputs.lr, batch, head, n, C)).to(tl.float32)
     if M != C:
         p = tl.where(c[:, None] // M > c[None, :] // M, p, 0.0)  # i later than j
@@ -238,24 +234,24 @@ def finish(
     along1 += tl.sum(xk.to(tl.float32) * through_d_w1, 1)
 
     # The inner gradient, second order.
-    across = tl.trans(hidden(chunk, 0, D, D, C, M))
-    g_z2 = tl.load(trace.g_z2 + across).to(tl.float32)
-    x_hat = tl.load(trace.x_hat + across)
-    d_g_z2 = tl.load(walked.d_g_z2 + across)
-    along2 = tl.sum(g_z2 * tl.load(walked.pulled2 + across), 1)
+    at, inside = across(chunk, D, BD, C, M)
+    g_z2 = load(trace.g_z2 + at, inside, D != BD).to(tl.float32)
+    x_hat = load(trace.x_hat + at, inside, D != BD)
+    d_g_z2 = load(walked.d_g_z2 + at, inside, D != BD)
+    along2 = tl.sum(g_z2 * load(walked.pulled2 + at, inside, D != BD), 1)
     rstd = tl.load(trace.rstd + chunk * C + c)[:, None]
-    ln_weight = load_row(shared.ln_weight, head, D, D)[None, :]
-    ln_bias = load_row(shared.ln_bias, head, D, D)[None, :]
+    ln_weight = load_row(shared.ln_weight, head, D, BD)[None, :]
+    ln_bias = load_row(shared.ln_bias, head, D, BD)[None, :]
     target = xv.to(tl.float32) - xk.to(tl.float32)
     _, d_error, d_ln_weight, d_ln_bias = inner_gradient_backward(
-        d_g_z2, g_z2, x_hat, rstd, target, ln_weight, ln_bias, D, D
+        d_g_z2, g_z2, x_hat, rstd, target, ln_weight, ln_bias, D, BD
     )
-    store_row(sums.d_ln_weight, d_ln_weight, part, D, D)
-    store_row(sums.d_ln_bias, d_ln_bias, part, D, D)
-    store_tokens(gradients.xv, -d_error, batch, head, n, C, D, D)
-    d_xk = tl.load(pulled.d_xk + chunk * C * D + c[:, None] * D + d[None, :]) + d_error
+    store_row(sums.d_ln_weight, d_ln_weight, part, D, BD)
+    store_row(sums.d_ln_bias, d_ln_bias, part, D, BD)
+    store_tokens(gradients.xv, -d_error, batch, head, n, C, D, BD)
+    d_xk = load_rows(pulled.d_xk, chunk, 0, C, C, D, BD) + d_error
     d_xk += through_w1 - eta_last * lr[:, None] * through_d_w1
-    store_tokens(gradients.xk, d_xk, batch, head, n, C, D, D)
+    store_tokens(gradients.xk, d_xk, batch, head, n, C, D, BD)
     along = along1 + along2
     d_lr = tl.load(pulled.d_lr + chunk * C + c) - eta_last * along
     tl.store(token_pointers(gradients.lr, batch, head, n, C), nearest(d_lr, DTYPE))

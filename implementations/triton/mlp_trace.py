@@ -13,7 +13,7 @@ take it again (`mlp_lanes.py`), so that only operands [M, D] and the sum over F 
 These are products for `mma.m16n8k16`: Triton takes it for blocks of three axes. The warp-group products that it would
 take for others fence memory before each, and wait for every load and store in flight.
 
-Mini-batches too large for that are those of `mlp_wide.py`.
+Fast weights and mini-batches too large for that are those of `mlp_tiles.py`.
 
 Bytes a token of a head in bf16, D = 64: reads 258; writes 4 F + 2 D = 1152, and 4 F D / C = 1024 of weights.
 """
@@ -107,53 +107,53 @@ def _add_5(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
 
 
 @triton.jit
-def sum_2(a, b, AXIS: tl.constexpr):
-    """The sums of two blocks at once: warps meet once for all of them."""
+def sum_2(a, b):
+    """The sums of two blocks [M, D] over D at once: warps meet once for all of them."""
     if INTERPRETED:
-        return tl.sum(a, AXIS), tl.sum(b, AXIS)
+        return tl.sum(a, 1), tl.sum(b, 1)
     else:
-        return tl.reduce((a, b), AXIS, _add_2)
+        return tl.reduce((a, b), 1, _add_2)
 
 
 @triton.jit
-def sum_4(a, b, c, d, AXIS: tl.constexpr):
+def sum_4(a, b, c, d):
     """As `sum_2`."""
     if INTERPRETED:
-        return tl.sum(a, AXIS), tl.sum(b, AXIS), tl.sum(c, AXIS), tl.sum(d, AXIS)
+        return tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1), tl.sum(d, 1)
     else:
-        return tl.reduce((a, b, c, d), AXIS, _add_4)
+        return tl.reduce((a, b, c, d), 1, _add_4)
 
 
 @triton.jit
-def sum_5(a, b, c, d, e, AXIS: tl.constexpr):
+def sum_5(a, b, c, d, e):
     """As `sum_2`."""
     if INTERPRETED:
-        return tl.sum(a, AXIS), tl.sum(b, AXIS), tl.sum(c, AXIS), tl.sum(d, AXIS), tl.sum(e, AXIS)
+        return tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1), tl.sum(d, 1), tl.sum(e, 1)
     else:
-        return tl.reduce((a, b, c, d, e), AXIS, _add_5)
+        return tl.reduce((a, b, c, d, e), 1, _add_5)
 
 
 @triton.jit
-def inner_gradient(z2, target, ln_weight, ln_bias, EPS: tl.constexpr, D: tl.constexpr, AXIS: tl.constexpr):
-    """(g_z2, x_hat, rstd [M]) of z2, [M, D] or [D, M], with D at AXIS; ln_weight, ln_bias as broad.
+def inner_gradient(z2, target, ln_weight, ln_bias, EPS: tl.constexpr, D: tl.constexpr):
+    """(g_z2, x_hat [M, D], rstd [M]) of z2 [M, D]; ln_weight, ln_bias [1, D].
 
     Two sums after each other: of z2, and of all that its mean is taken from.
     """
     gamma2 = ln_weight * ln_weight
     q = ln_weight * (ln_bias - target)
-    sum_z2, sum_q = sum_2(z2, q, AXIS)
-    centred = z2 - tl.expand_dims(sum_z2 * (1.0 / D), AXIS)
+    sum_z2, sum_q = sum_2(z2, q)
+    centred = z2 - (sum_z2 * (1.0 / D))[:, None]
     scaled = gamma2 * centred
-    variance, mean1, mean2, mean_q = sum_4(centred * centred, scaled, scaled * centred, q * centred, AXIS)
+    variance, mean1, mean2, mean_q = sum_4(centred * centred, scaled, scaled * centred, q * centred)
     rstd = tl.rsqrt(variance * (1.0 / D) + EPS)
     mean1 *= rstd * (1.0 / D)  # of gamma^2 x_hat
     mean2 *= rstd * rstd * (1.0 / D)  # of gamma^2 x_hat^2
     mean_p = mean1 + sum_q * (1.0 / D)
     along_p = mean2 + rstd * mean_q * (1.0 / D)  # the mean of p x_hat
-    rstds = tl.expand_dims(rstd, AXIS)
+    rstds = rstd[:, None]
     x_hat = centred * rstds
     p = gamma2 * x_hat + q
-    return rstds * (p - tl.expand_dims(mean_p, AXIS) - x_hat * tl.expand_dims(along_p, AXIS)), x_hat, rstd
+    return rstds * (p - mean_p[:, None] - x_hat * along_p[:, None]), x_hat, rstd
 
 
 @triton.jit(do_not_specialize=["start_states", "end_states", "first", "count"])
@@ -204,7 +204,7 @@ def recurrence(
         xv = load_tokens_apart(inputs.xv, batch, head, first + n, M, D)
         lr = tl.load(pointers_apart(inputs.lr, batch, head, first + n, M)).to(tl.float32)
         target = xv.to(tl.float32) - xk.to(tl.float32)
-        g_z2, x_hat, rstd = inner_gradient(z2, target, ln_weight, ln_bias, EPS, D, 1)
+        g_z2, x_hat, rstd = inner_gradient(z2, target, ln_weight, ln_bias, EPS, D)
 
         g_z2_t = tl.trans(nearest(g_z2, DTYPE))
         g_x2 = matmul(w2, everywhere(g_z2_t, W), DTYPE, "ieee")  # [F/W, D] @ [D, M] -> [F/W, M]

@@ -1,7 +1,8 @@
 """TTT-MLP in Triton with nothing on the chain but the recurrence; read `triton.chain` (`ttt_mlp.py`) first.
 
 What it changes: one program walks only `w -> z1 -> gelu -> z2 -> LayerNorm gradient -> g_z1 -> w'` of a chain, with
-both weight matrices in fp32 registers, and leaves z1, g_x2 and g_z2 behind. The read-out is parallel over chunks of 64
+both weight matrices in fp32 registers, or in the L2 cache where they do not fit (M = 64, D = 96: `mlp_tiles.py`), and
+leaves z1, g_x2 and g_z2 behind. The read-out is parallel over chunks of 64
 tokens, which read the weights at the start of their chunk and attend to the updates since (`mlp_readout.py`). The
 backward does the same: recurrence again, read-out backward in parallel, a reverse scan over d_w alone
 (`mlp_scan.py`), and the rest in parallel. Segments of G mini-batches bound the memory that this takes.
@@ -16,10 +17,10 @@ of every segment but the first, 4 (8 D^2 + 5 D) / (G M): at D = 64, 260 and, for
 
 What bounds it is the latency of the steps, not bytes: a step of the scan with rows of 32 bytes, 128 apart, took 30 us,
 21 since what it reads of a mini-batch lies together, and 16 since lanes read and write what they compute with
-(`mlp_lanes.py`). In bf16 on an H100, each kernel alone: lm-1.3b forward 1.04 ms (recurrence 0.71, read-out 0.33),
-backward 4.8 (recurrence 0.88, read-out 1.30, scan 2.06, the rest 0.57); video-5b, forward / forward and backward, 7.2 /
-35 ms (recurrence 6.2, read-out 1.0; recurrence 6.2, read-out 3.9, scan 16, the rest 1.6). Whole calls of `ttt_mlp` take
-2.6 / 21 and 10.5 / 74.
+(`mlp_lanes.py`). In bf16 on an H100, each kernel alone, forward / forward and backward: lm-1.3b 1.04 / 5.8 ms
+(recurrence 0.71, read-out 0.33; recurrence 0.88, read-out 1.30, scan 2.06, the rest 0.57); video-5b 6.1 / 27.7 (5.0,
+1.1; 5.2, 3.9, 10.9, 1.7); lm-760m 3.3 / 15.5 (3.0, 0.3; 3.3, 1.7, 6.6, 0.6). Whole calls of `ttt_mlp` take 2.6 / 21,
+10.5 / 74 and 8.0 / 44.
 
 No atomics: sums over chunks are partial sums, added up in torch in one order.
 """
@@ -38,8 +39,8 @@ from implementations.triton.launch import Launch, assembled, meta
 from implementations.triton.mlp_limits import newer_ptxas, offchain_limit
 from implementations.triton.mlp_readout import Norm, Pulled, Sums, read_out, read_out_backward
 from implementations.triton.mlp_scan import Walked, finish, scan
+from implementations.triton.mlp_tiles import Held, recurrence_tiled, scan_tiled
 from implementations.triton.mlp_trace import Trace, Weights, recurrence
-from implementations.triton.mlp_wide import recurrence_wide, scan_wide
 from spec.problem import Problem
 from spec.tensors import INPUTS, OUTPUTS, MlpInputs, MlpOutputs
 
@@ -96,9 +97,7 @@ def backward(cotangents: MlpOutputs, residuals: Residuals, problem: Problem) -> 
     return gradients._replace(token_eta=d_token_eta, ln_weight=d_ln[0], ln_bias=d_ln[1])
 
 
-def plan_forward(
-    inputs: MlpInputs, problem: Problem, group: int
-) -> tuple[MlpOutputs, Residuals, list[Launch]]:
+def plan_forward(inputs: MlpInputs, problem: Problem, group: int) -> tuple[MlpOutputs, Residuals, list[Launch]]:
     """What `forward` gives, and the launches that fill it."""
     like = inputs.xq
     outputs = MlpOutputs(*(empty(like, *x.shape, dtype=x.dtype) for x in (like, *inputs[7:])))
@@ -136,13 +135,8 @@ def plan_backward(
         scratch(f, c, dtype=io), scratch(f, c, dtype=io), scratch(f, c, dtype=io),
         scratch(d, c), scratch(c), scratch(c), scratch(c), scratch(c),
     )  # fmt: skip
-    walked = Walked(
-        scratch(f, c, dtype=io), scratch(d, c), scratch(d, c), scratch(f, d, dtype=io), scratch(f),
-        scratch(f, d, dtype=io),
-    )  # fmt: skip
-    read, update = (
-        Sums(*(empty(like, problem.batch, h, chunks, size) for size in (c, c, d, d))) for _ in range(2)
-    )
+    walked = Walked(scratch(f, c, dtype=io), scratch(d, c), scratch(d, c), scratch(f, d, dtype=io), scratch(f))
+    read, update = (Sums(*(empty(like, problem.batch, h, chunks, size) for size in (c, c, d, d))) for _ in range(2))
     gradients = MlpInputs(*(empty(like, *x.shape, dtype=x.dtype) for x in inputs))
     d_state = Weights(*gradients[7:])
     known = Weights(*(torch.empty_like(x) for x in d_state)), 1  # where a segment ends: the recurrence says it again
@@ -156,8 +150,8 @@ def plan_backward(
         launches.append(_launch(read_out_backward, problem, count, arguments))
         start = Weights(*cotangents[1:]) if number + 1 == len(segments) else d_state
         arguments = given | {"start": start, "end": d_state, "walked": walked}
-        arguments |= {"first": first, "count": count, "heads": h}
-        launches.append(_launch(scan_wide if _is_wide(problem) else scan, problem, count, arguments))
+        arguments |= {"first": first, "count": count, "heads": h} | _held(like, problem)
+        launches.append(_launch(scan_tiled if _in_tiles(problem) else scan, problem, count, arguments))
         arguments = given | {"walked": walked, "gradients": tokens(*gradients[:4]), "sums": update} | at
         launches.append(_launch(finish, problem, count, arguments))
     return gradients, read, update, launches
@@ -179,8 +173,8 @@ def static_kernels() -> Iterator[TritonKernel]:
 
 
 def _kernels() -> Iterator[TritonKernel]:
-    for mini_batch, causal in ((16, True), (64, True), (64, False)):
-        problem = Problem("mlp", 1, 256, 32, 64, mini_batch, causal, dtype="bf16")
+    for head_dim, mini_batch, causal in ((64, 16, True), (96, 16, True), (64, 64, True), (64, 64, False)):
+        problem = Problem("mlp", 1, 256, 32, head_dim, mini_batch, causal, dtype="bf16")
         outputs, residuals, launches = plan_forward(meta(MlpInputs, problem), problem, 16)
         for launch in (*launches, *plan_backward(outputs, residuals, problem)[-1]):
             yield launch.static("mlp", _SPILLS[launch.kernel])
@@ -201,24 +195,25 @@ class Setting(NamedTuple):
 # Measured on an H100 in bf16 at D = 64.
 _SETTINGS: dict[str, Setting] = {
     "recurrence": Setting(0, 8),
-    "recurrence_wide": Setting(128, 8, 2),
+    "recurrence_tiled": Setting(0, 8, 1, 255),
     "scan": Setting(0, 8, 1, 255),
-    "scan_wide": Setting(128, 8),
+    "scan_tiled": Setting(0, 8, 1, 255),
     "read_out": Setting(32, 4, 3),
     "read_out_backward": Setting(32, 4, 2),
     "finish": Setting(64, 4, 2),
 }
-# Bytes a thread that spill, as compiled by Triton 3.7, on the worst of sm_80, sm_90 and sm_100. The fast weights take
-# half of an SM's registers, and the products between need the other half and more; sm_80, without warp-group products,
-# is the worst throughout.
+# Bytes a thread that spill, as compiled by Triton 3.7, on the worst of sm_80, sm_90 and sm_100. Fast weights in
+# registers take half of those of an SM, and the products between need the other half and more; so do the blocks of
+# M = 64, and D padded to 128. sm_80 is mostly the worst, without warp-group products.
 _SPILLS = {
-    recurrence: 650, recurrence_wide: 940, read_out: 0, read_out_backward: 2500, scan: 1200, scan_wide: 1400,
-    finish: 320,
+    recurrence: 650, recurrence_tiled: 1600, read_out: 32, read_out_backward: 2500, scan: 1200, scan_tiled: 2300,
+    finish: 1800,
 }  # fmt: skip
 
 
-def _is_wide(problem: Problem) -> bool:
-    return problem.mini_batch >= CHUNK
+def _in_tiles(problem: Problem) -> bool:
+    """Whether the fast weights, and what a step makes of a mini-batch, are too many for the registers of an SM."""
+    return problem.head_dim > 64 or problem.mini_batch > 16
 
 
 def chunk(problem: Problem) -> int:
@@ -234,7 +229,7 @@ def workspace_bytes(problem: Problem) -> float:
     d, f, c, m = problem.head_dim, problem.hidden, chunk(problem), problem.mini_batch
     size = 4 if problem.dtype == "fp32" else 2
     of_token = size * (8 * f + d) + 4 * (6 * d + 6)
-    of_chunk = size * 5 * f * d + 4 * (3 * f + 2 * d)
+    of_chunk = size * 4 * f * d + 4 * (3 * f + 2 * d)
     return of_token + of_chunk / c + size * f * d / m
 
 
@@ -293,6 +288,15 @@ def _given(inputs: MlpInputs) -> dict[str, object]:
     return {"inputs": tokens(*inputs[:4]), "shared": Shared(*inputs[4:7])}
 
 
+def _held(like: Tensor, problem: Problem) -> dict[str, Held]:
+    """Where a walk in tiles has what it walks with; other walks have that in registers."""
+    if not _in_tiles(problem):
+        return {}
+    shape = problem.batch, problem.heads, problem.hidden
+    w1, w2 = (empty(like, *shape, problem.head_dim) for _ in range(2))
+    return {"held": Held(w1, empty(like, *shape), w2)}
+
+
 def _chunks(problem: Problem, first: int, count: int) -> dict[str, int]:
     ratio = chunk(problem) // problem.mini_batch
     return {
@@ -311,22 +315,26 @@ def _recurrence(
         "start": start[0], "end": end[0], "trace": trace, "start_states": start[1], "end_states": end[1],
         "first": first, "count": count, "heads": problem.heads,
     }  # fmt: skip
-    launch = _launch(recurrence_wide if _is_wide(problem) else recurrence, problem, count, arguments)
+    arguments |= _held(inputs.xq, problem)
+    launch = _launch(recurrence_tiled if _in_tiles(problem) else recurrence, problem, count, arguments)
     return launch._replace(constants={**launch.constants, "BACKWARD": backward})
 
 
 def _launch(kernel, problem: Problem, count: int, arguments: dict[str, object]) -> Launch:
     name = kernel.fn.__name__
     how = _SETTINGS[name]
+    if name == "read_out_backward" and problem.head_dim > 64:  # 1.74 ms on lm-760m, where four warps took 2.25
+        how = how._replace(num_warps=8)
     c = chunk(problem)
     sizes = {"D": problem.head_dim, "M": problem.mini_batch, "C": c, "CAUSAL": problem.causal, "EPS": problem.eps}
     options = {"num_warps": how.num_warps} | ({"maxnreg": how.maxnreg} if how.maxnreg else {})
     programs = problem.batch * problem.heads
-    if name in ("recurrence", "scan"):
+    if name.startswith(("recurrence", "scan")):
         options["num_stages"] = how.num_stages
         sizes["W"] = options["num_warps"] = min(how.num_warps, problem.hidden // 16)
     else:
         sizes |= {"BF": min(how.block, problem.hidden), "STAGES": how.num_stages}
+        sizes["BD"] = 1 << (problem.head_dim - 1).bit_length()
     if name in ("read_out", "read_out_backward", "finish"):
         programs *= count * problem.mini_batch // c
     constants = {key: value for key, value in sizes.items() if key in kernel.arg_names}
