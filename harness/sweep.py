@@ -173,7 +173,7 @@ def run(
 class Timed:
     """One cell of an implementation in the turns of one pass: its processes, and what they gave so far."""
 
-    def __init__(self, cell: Cell, workers: list[Worker], numbers: Path, settings: Settings):
+    def __init__(self, cell: Cell, workers: list[Worker], numbers: Path | None, settings: Settings):
         self.cell, self.workers = cell, workers
         self.failure: Failure | None = None
         self.ready: list[Ready] = []
@@ -230,7 +230,7 @@ class Bench:
         self._folder = tempfile.TemporaryDirectory(prefix="ttt-lab-sweep-")
         self._drawing = ThreadPoolExecutor(1)
         self._drawn: dict[Any, Future[Path]] = {}  # by problem
-        self._numbers = Path()
+        self._numbers: Path | None = None  # of the problem that is measured
 
     def close(self) -> None:
         """End the processes."""
@@ -241,8 +241,9 @@ class Bench:
 
     def measure(self, cells: list[Cell], following: Cell | None) -> Iterator[tuple[Timed, Pass]]:
         """The cells of one problem, pass by pass, in turns; `following` is of the next problem."""
-        if any(cell.passes for cell in cells):
-            self._numbers = self._draw(cells[0]).result()
+        if not any(cell.passes for cell in cells):
+            return
+        self._numbers = self._draw(cells[0]).result()
         if following:
             self._draw(following)
         for pass_ in PASSES:

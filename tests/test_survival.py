@@ -141,3 +141,10 @@ def test_samples_of_a_finished_sweep_and_of_a_journal(tmp_path):
     (tmp_path / "samples.parquet").write_bytes((tmp_path / "samples.parquet").read_bytes()[:200])
     with pytest.raises(ValueError, match=r"samples.parquet: not a Parquet file that can be read"):
         records.samples(tmp_path)
+
+
+def test_a_sweep_that_finds_nothing_to_time_leaves_the_working_directory_alone(ours, grid, tmp_path):
+    before = sorted(path.name for path in ours.iterdir())
+    assert finish(sweep(ours, grid, tmp_path / "folder", "--implementations", "ours.wrong"))[0] == 1
+    assert {row.status for row in records.load(tmp_path / "folder" / "sweep.csv", SweepRow)} == {"wrong"}
+    assert set(before) <= {path.name for path in ours.iterdir()}
