@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,8 @@ from harness.static_sass import disassemble, mix
 from implementations.kernels import ARCHITECTURES, CudaKernel, Kernel
 from implementations.registry import Implementation, select
 
+MOST_JOBS = 8  # a process that compiles with Triton takes more than a gigabyte
+
 console = Console()
 
 
@@ -39,6 +42,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--architectures", type=_names, metavar="A,B", default=ARCHITECTURES)
     command.add_argument("--results", type=Path, metavar="DIR", help="default: results/static")
     command.add_argument("--git-sha", metavar="SHA", help="the commit, where the tree is a copy without .git")
+    command.add_argument("--jobs", type=int, metavar="N", help="processes; default: the number of cores, 8 at most")
     command.set_defaults(command=run)
 
 
@@ -46,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
     """Write the report and print it; 1 if a kernel fails."""
     folder = records.results_folder(options.results or environment.ROOT / "results" / "static")
     git_sha = environment.stamp("cpu", options.git_sha).git_sha
-    rows = list(report(select(options.implementations), options.architectures, git_sha))
+    jobs = options.jobs or min(os.cpu_count() or 1, MOST_JOBS)
+    rows = list(report(select(options.implementations), options.architectures, git_sha, jobs))
     path = static_rows.write(folder, rows)
     if not rows:
         console.print("no kernels registered yet")
@@ -61,16 +66,41 @@ def run(options: argparse.Namespace) -> int:
 
 
 def report(
-    implementations: Iterable[Implementation], architectures: Iterable[str] = ARCHITECTURES, git_sha: str = ""
+    implementations: Iterable[Implementation],
+    architectures: Sequence[str] = ARCHITECTURES,
+    git_sha: str = "",
+    jobs: int = 1,
 ) -> Iterator[StaticRow]:
-    """One row for each kernel and architecture of `implementations`, in their order; NVRTC compiles several at once.
+    """One row for each kernel and architecture of `implementations`, in their order.
+
+    NVRTC compiles several kernels at once, Triton one at a time in each of `jobs` processes.
 
     Raises:
         ValueError: an implementation lists one setting of a kernel twice.
     """
+    if jobs > 1:
+        yield from _in_processes(implementations, architectures, git_sha, jobs)
+        return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = [pool.submit(*task) for task in _tasks(implementations, tuple(architectures), git_sha)]
         yield from (row.result() for row in rows)
+
+
+def _in_processes(
+    implementations: Iterable[Implementation], architectures: Sequence[str], git_sha: str, jobs: int
+) -> Iterator[StaticRow]:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        found = [
+            [pool.submit(_rows_of, implementation, architecture, git_sha) for architecture in architectures]
+            for implementation in implementations
+        ]
+        for of_one in found:
+            for rows in zip(*(future.result() for future in of_one), strict=True):
+                yield from rows
+
+
+def _rows_of(implementation: Implementation, architecture: str, git_sha: str) -> list[StaticRow]:
+    return list(report([implementation], [architecture], git_sha))
 
 
 def _tasks(

@@ -35,6 +35,12 @@ def compiled(name: str, *architectures: str) -> list[static_rows.StaticRow]:
     return list(report([implementation(name)], architectures))
 
 
+def test_processes_give_the_same_rows_in_the_same_order():
+    architectures = "sm_80", "sm_90"
+    found = list(report([implementation("good"), implementation("good")], architectures, jobs=2))
+    assert found == [*compiled("good", *architectures)] * 2
+
+
 def named(rows, kernel: str, compiler: str):
     (row,) = [row for row in rows if row.kernel == kernel and row.compiler.startswith(compiler)]
     return row
@@ -46,7 +52,7 @@ def run(tmp_path, monkeypatch):
 
     def run(*names: str, architectures: str = "sm_80") -> tuple[int, object]:
         monkeypatch.setattr(static, "select", lambda keys: [implementation(name) for name in names])
-        arguments = ["static", "--results", str(tmp_path), "--architectures", architectures]
+        arguments = ["static", "--results", str(tmp_path), "--architectures", architectures, "--jobs", "1"]
         return command.main(arguments), tmp_path
 
     return run
