@@ -26,8 +26,8 @@ FACTOR = 2.0
 CAP = {"fp64": 2e-14, "fp32": 5e-6, "fp16": 3e-3, "bf16": 2.5e-2}
 TF32_CAP = 2e-3  # tf32 keeps the 10 mantissa bits of fp16
 MAX_OVER_RMS = 4.0
-# The floor for one number. fp32 and fp64: sums of thousands of terms, whose order is free. fp32 also: what XLA's tanh
-# differs from a correctly rounded one by shows in single elements of `d_w1`, as 12 ulps of the largest on one CPU.
+# The floor for one number. fp32 and fp64: sums of thousands of terms, whose order is free. fp32 also: on one CPU
+# JAX has single elements of `d_w1` (`stress-one-mini-batch`) 12 ulps of the largest off, where PyTorch has 4.
 FLOOR_ULPS = {"fp64": 16.0, "fp32": 24.0, "fp16": 2.0, "bf16": 2.0}
 
 
