@@ -21,7 +21,7 @@ from harness.rows import Status
 
 # After an illegal access, say, nothing works on the device any more in that process.
 _DEVICE_ERROR = re.compile(r"CUDA error|CUDA_ERROR|cudaError|CUDADriverError|CUDARuntimeError")
-_NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|CUDA error: out of memory|MemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY")
+_NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|MemoryAllocation|out[ _]of[ _]memory", re.IGNORECASE)
 
 
 class Failure(Exception):

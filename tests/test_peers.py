@@ -194,6 +194,14 @@ def test_their_truncated_gelu_shows_in_fp64_and_is_not_repaired(key, tmp_path):
     assert max(judged(entry.page(linear), CASES["size-d16"], linear, entry.framework, tmp_path).values()) <= 1
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_the_compiled_one_takes_another_size_in_the_same_process(tmp_path):
+    entry = implementations()["peer.ttt_lm_torch_compile"]
+    for case in (CASES["size-d16"], replace(CASES["size-d16"], batch=1, tokens=48, heads=3)):
+        problem = case.problem("linear", "fp32")
+        assert max(judged(entry.page(problem), case, problem, entry.framework, tmp_path).values()) <= 1
+
+
 # --- flash-linear-attention, its Triton kernels interpreted ---
 
 INTERPRETED = """

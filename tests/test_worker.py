@@ -104,7 +104,8 @@ def test_an_exception_is_a_failure_and_the_process_lives_on(shared, kind, text, 
 def test_out_of_device_memory_is_known_by_its_name():
     kind = type("OutOfMemoryError", (RuntimeError,), {})
     assert classify(kind("CUDA out of memory")) == ("oom", "out of memory: CUDA out of memory")
-    for text in ("CUDA error: out of memory\nmore", "cudaErrorMemoryAllocation: no", "CUDA_ERROR_OUT_OF_MEMORY: no"):
+    texts = "CUDA error: out of memory\nmore", "cudaErrorMemoryAllocation: no", "CUDA_ERROR_OUT_OF_MEMORY: no"
+    for text in (*texts, "Triton Error [CUDA]: out of memory"):
         assert classify(RuntimeError(text)) == ("oom", f"out of memory: {text.splitlines()[0]}")
 
 

@@ -17,13 +17,13 @@ from spec.tensors import Inputs, Outputs
 
 __all__ = ["backward", "forward"]
 
-# One program for each problem, without end: past PyTorch's limit of 8 it would raise.
+# One program for each problem, as a user has who has one, without end: past PyTorch's limit of 8 it would raise.
 _PROGRAMS = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)
 
 
 @functools.cache
 def _compiled(inner_model: str) -> ttt_lm_torch.Step:
-    return torch.compile(ttt_lm_torch.STEPS[inner_model], fullgraph=True)
+    return torch.compile(ttt_lm_torch.STEPS[inner_model], fullgraph=True, dynamic=False)
 
 
 def forward(inputs: Inputs, problem: Problem) -> tuple[Outputs, Graph]:

@@ -19,13 +19,13 @@ from spec.tensors import Inputs, Outputs
 _PAGES = {"linear": ttt_linear, "mlp": ttt_mlp}
 
 
-# One program for each problem, without end: past PyTorch's limit of 8 it would raise.
+# One program for each problem, as a user has who has one, without end: past PyTorch's limit of 8 it would raise.
 _PROGRAMS = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)
 
 
 @functools.cache
 def _compiled(step: Callable) -> Callable:
-    return torch.compile(step, fullgraph=True)
+    return torch.compile(step, fullgraph=True, dynamic=False)
 
 
 def forward(inputs: Inputs, problem: Problem) -> tuple[Outputs, Residuals]:
