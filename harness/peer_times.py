@@ -2,6 +2,7 @@
 
 The same bench and the same clock as a sweep's, in one process. Such a time is no claim that the result is right, and
 nothing ranks it: a row carries the verdict of the parity check, the worst error over what is allowed, and the reason.
+Implementations of this lab are timed in turns with a peer, for the ratio, where their own verdict is ok.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Verdict = Literal["ok", "unsupported", "oom", "timeout", "crash", "error", "wron
 
 @dataclass(frozen=True, kw_only=True)
 class PeerTime:
-    """One pass of one case of a peer; the columns of a `SweepRow` that have the same name mean the same.
+    """One pass of one case of a peer, or of what was timed beside it; columns named as a `SweepRow`'s mean the same.
 
     Attributes:
         verdict: of its parity check here: `ok`, `wrong` and so on; `unchecked` where there is none of this code.
@@ -79,8 +80,8 @@ class PeerTime:
 
     def __post_init__(self) -> None:
         check_names(self)
-        if not self.implementation.startswith(PREFIX):
-            raise ValueError(f"implementation: expected one of {PREFIX}*, got {self.implementation}")
+        if self.device_ms is not None and self.verdict != "ok" and not self.implementation.startswith(PREFIX):
+            raise ValueError(f"{self.implementation}: what is {self.verdict} and no peer has no time")
         if (self.device_ms is None) == (not self.untimed):
             raise ValueError(f"untimed: expected a reason exactly where there is no time, got {self.untimed!r}")
         if self.verdict not in ("ok", "unchecked") and not self.reason:
@@ -90,25 +91,26 @@ class PeerTime:
 def run(
     cells: Iterable[Cell], checked: Iterable[ParityRow], protocol: sweep.Protocol, settings: Settings
 ) -> Iterator[PeerTime]:
-    """Time every pass of the cells of peers; what cannot run gives rows that say why.
+    """Time every pass of the cells of peers, and of those beside them; what cannot run gives rows that say why.
 
     Raises:
-        ValueError: a cell is not of a peer.
+        ValueError: there is no peer in the cells of a problem.
     """
     groups: dict[Any, list[Cell]] = {}
     for cell in cells:
-        if not cell.entry.key.startswith(PREFIX):
-            raise ValueError(f"{cell.entry.key}: what is not right has no time; expected peers, {PREFIX}*, alone")
         groups.setdefault((cell.case.name, cell.problem), []).append(cell)
+    for (case, _), group in groups.items():
+        if not any(cell.entry.key.startswith(PREFIX) for cell in group):
+            raise ValueError(f"{case}: expected a peer, {PREFIX}*, to time others beside, got {group[0].entry.key}")
     checked = list(checked)
     bench = sweep.Bench(protocol, settings)
     try:
         for group in groups.values():
             to_measure = []
             for cell in group:
-                if reason := cell.entry.untimed(cell.problem, settings.stamp.device):
+                if reason := _obstacle(cell, checked, settings):
                     for pass_ in cell.passes:
-                        untimed: dict[str, Any] = {"untimed": f"unsupported: {reason}"}
+                        untimed: dict[str, Any] = {"untimed": reason}
                         yield from (_row(cell, pass_, cache, checked, settings, untimed) for cache in protocol.caches)
                 else:
                     to_measure.append(cell)
@@ -134,7 +136,8 @@ def command(cells: list[Cell], folder: Path, settings: Settings) -> Iterator[Pee
 
 def table(rows: Iterable[PeerTime]) -> Table:
     """A line for each pass, case and cache."""
-    found = Table(title="peers, whatever their verdict: median ms of one call", box=SIMPLE_HEAD, show_edge=False)
+    title = "peers, whatever their verdict, and others beside them: median ms of one call"
+    found = Table(title=title, box=SIMPLE_HEAD, show_edge=False)
     for name in ("implementation", "case", "pass", "cache", "ms", "timer", "verdict"):
         found.add_column(name, overflow="fold")
     for row in rows:
@@ -169,6 +172,14 @@ def _row(
         device=stamp.device,
         fingerprint=stamp.fingerprint,
     )
+
+
+def _obstacle(cell: Cell, checked: list[ParityRow], settings: Settings) -> str:
+    """Why a cell gets no time; empty if it does."""
+    if reason := cell.entry.untimed(cell.problem, settings.stamp.device):
+        return f"unsupported: {reason}"
+    verdict, reason, _ = _verdict(sweep.checks_of(checked, cell, settings))
+    return "" if verdict == "ok" or cell.entry.key.startswith(PREFIX) else f"{verdict}: {reason}".removesuffix(": ")
 
 
 def _verdict(checked: list[ParityRow]) -> tuple[Any, str, float | None]:

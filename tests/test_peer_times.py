@@ -46,13 +46,27 @@ def test_a_peer_is_timed_whatever_its_verdict_and_what_cannot_run_says_why(tmp_p
     assert peer_times._verdict(of_peer)[0] == "ok" and peer_times.table(rows).row_count == 6
 
 
-def test_only_peers_are_timed_without_being_right():
-    entry = replace(STAND_IN, key="torch.mine")
+def test_others_are_timed_beside_a_peer_and_only_if_they_are_right(tmp_path):
+    right, wrong = (replace(STAND_IN, key=f"torch.{name}") for name in ("right", "wrong"))
+    cells = [Cell(entry, CASE, PROBLEM, ("forward",)) for entry in (STAND_IN, right, wrong)]
     protocol, settings = sweep.Protocol(1, ("warm",)), Settings(environment.stamp("cpu", "test"))
-    with pytest.raises(ValueError, match=r"torch.mine: what is not right has no time; expected peers"):
-        list(peer_times.run([Cell(entry, CASE, PROBLEM, PASSES)], [], protocol, settings))
+    with pytest.raises(ValueError, match=r"size-d16: expected a peer, peer.\*, to time others beside, got torch.right"):
+        list(peer_times.run(cells[1:], [], protocol, settings))
+    checked = [row for _, rows in parity.run(parity.with_yardstick(cells), settings) for row in rows]
+    fault = {"status": "wrong", "reason": "out: 5 times", "error_ratio": 5.0}
+    checked = [replace(row, **fault) if row.implementation == "torch.wrong" else row for row in checked]
+    found = {row.implementation: row for row in peer_times.run(cells, checked, protocol, settings)}
+    assert found["peer.stand_in"].device_ms > 0 and found["torch.right"].device_ms > 0
+    assert found["torch.wrong"].device_ms is None and found["torch.wrong"].untimed == "wrong: out: 5 times"
+    unchecked = {row.implementation: row for row in peer_times.run(cells, [], protocol, settings)}
+    assert unchecked["peer.stand_in"].device_ms > 0 and unchecked["torch.right"].untimed == "unchecked"
+    with pytest.raises(ValueError, match="torch.wrong: what is wrong and no peer has no time"):
+        replace(found["torch.wrong"], device_ms=1.0, untimed="")
+
+
+def test_the_grid_has_the_kernels_that_are_wrong_and_the_fastest_right_ones():
     keys = {cell.entry.key for cell in load("peer-times", {})}
-    assert keys == {"peer.fla_chunk", "peer.fla_fused_chunk", "peer.ttt_tk"}
+    assert keys == {"peer.fla_chunk", "peer.fla_fused_chunk", "peer.ttt_tk", "triton.best", "cuda.cupy"}
 
 
 def test_a_row_without_a_time_says_why():
