@@ -138,12 +138,10 @@ def _sweep(options: argparse.Namespace) -> int:
         task = bar.add_task("sweep", total=to_do)
         protocol = replace(protocol, ceilings=measure_ceilings() if left else None)
         logger.debug("ceilings measured %.1f s after the start", time.monotonic() - started)
-        for row, samples in sweep.run(left, latest(checked), protocol, settings):
+        for row, samples in sweep.run(left, latest(checked), protocol, settings, is_over=lambda: late(1.0)):
             records.append(folder / "samples.csv", samples)
             records.append(path, [row])
             bar.update(task, advance=1, description=f"{row.implementation} {row.case} {row.pass_}")
-            if late(1.0):
-                break
     _finish(checked_path, ParityRow)
     _finish(path, SweepRow)
     records.pack_samples(folder)

@@ -134,10 +134,11 @@ def run(
     protocol: Protocol,
     settings: Settings,
     worker: Callable[[Mapping[str, str]], Worker] = Worker,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[SweepRow, list[SampleRow]]]:
     """Time every pass of every cell that `checked` found right; the others become rows that say why not.
 
-    `worker` makes a process with the given environment.
+    `worker` makes a process with the given environment; `is_over` is asked after each pass of a problem.
     """
     verdicts: dict[Any, list[ParityRow]] = {}
     for row in checked:
@@ -147,7 +148,7 @@ def run(
     for cell in cells:
         by_problem.setdefault((cell.case.name, cell.problem), []).append(cell)
     groups = list(by_problem.values())
-    bench = Bench(protocol, settings, worker)
+    bench = Bench(protocol, settings, worker, is_over)
     try:
         for group, following in itertools.zip_longest(groups, groups[1:]):
             to_measure: list[Cell] = []
@@ -166,6 +167,8 @@ def run(
             for subject, pass_ in bench.measure(to_measure, following[0] if following else None):
                 blank, first_s = blanks[subject.cell.entry.key, pass_]
                 yield from (_result(subject, blank, first_s, cache) for cache in protocol.caches)
+            if is_over():
+                break
     finally:
         bench.close()
 
@@ -223,9 +226,13 @@ class Bench:
     """The processes of a sweep, kept from cell to cell."""
 
     def __init__(
-        self, protocol: Protocol, settings: Settings, worker: Callable[[Mapping[str, str]], Worker] = Worker
+        self,
+        protocol: Protocol,
+        settings: Settings,
+        worker: Callable[[Mapping[str, str]], Worker] = Worker,
+        is_over: Callable[[], bool] = lambda: False,
     ):
-        self._protocol, self._settings, self._worker = protocol, settings, worker
+        self._protocol, self._settings, self._worker, self._is_over = protocol, settings, worker, is_over
         self._workers: dict[str, list[Worker]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="ttt-lab-sweep-")
         self._drawing = ThreadPoolExecutor(1)
@@ -246,7 +253,7 @@ class Bench:
         self._numbers = self._draw(cells[0]).result()
         if following:
             self._draw(following)
-        for pass_ in PASSES:
+        for pass_ in (name for name in PASSES if any(name in cell.passes for cell in cells)):
             subjects = [self._subject(cell) for cell in cells if pass_ in cell.passes]
             with _device_to_itself(self._settings.stamp):
                 self._take_turns(subjects, pass_)
@@ -254,6 +261,8 @@ class Bench:
                     if subject.failure and subject.failure.status == "oom" and self._shares_memory():
                         subjects[number] = self._alone(subject.cell, pass_)
             yield from ((subject, pass_) for subject in subjects)
+            if self._is_over():
+                break
         for cell in cells:
             self._subject(cell).clear()
         shutil.rmtree(self._numbers, ignore_errors=True)

@@ -194,3 +194,14 @@ def test_a_sweep_that_has_no_time_for_all_times_what_it_has_checked(tmp_path):
     rows = records.load(tmp_path / "sweep.csv", SweepRow)
     assert {row.implementation: row.status for row in rows} == {"torch.eager": "ok", "torch.autograd": "ok"}
     assert kept[0] in rows
+
+
+def test_a_sweep_whose_time_is_up_keeps_all_that_it_has_timed(tmp_path):
+    arguments = [*TINY, "--implementations", "torch.eager,torch.autograd", "--results", str(tmp_path)]
+    assert main(["parity", *arguments]) == 0
+    assert main(["sweep", *arguments, "--seconds", "0"]) == 0
+    rows = records.load(tmp_path / "sweep.csv", SweepRow)
+    assert [(row.implementation, row.pass_) for row in rows] == [
+        ("torch.eager", "forward"),
+        ("torch.autograd", "forward"),
+    ]
