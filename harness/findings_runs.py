@@ -96,15 +96,20 @@ def official_torch_half_model() -> Found:
     inputs = type(drawn)(*(torch.from_numpy(x.astype("float32")) for x in drawn))
     exact = ttt_lm_torch.run(ttt_lm_torch.linear_step, type(drawn)(*(x.double() for x in inputs)), problem)
 
-    def error(dtype: torch.dtype) -> float:
+    def state_rounded(*arguments: torch.Tensor) -> Any:
+        out, state = ttt_lm_torch.linear_step(*arguments)
+        return out, tuple(x.bfloat16().float() for x in state)
+
+    def error(dtype: torch.dtype, step: Any = ttt_lm_torch.linear_step) -> float:
         model = type(drawn)(*(x.to(dtype) for x in inputs))  # as `model.to(dtype)` does: the fast weights too
         with torch.no_grad():
-            final = ttt_lm_torch.run(ttt_lm_torch.linear_step, model, problem).final_w1
+            final = ttt_lm_torch.run(step, model, problem).final_w1
         return float((final - exact.final_w1).norm() / (exact.final_w1 - inputs.w1).norm())
 
     return {
         "RMS error of what final_w1 gained, after 32 mini-batches, model in fp32": error(torch.float32),
         "the same, model in bf16": error(torch.bfloat16),
+        "the same, model in fp32, its fast weights alone rounded to bf16": error(torch.float32, state_rounded),
     }
 
 
@@ -171,17 +176,25 @@ def fla_reference_scales_its_input() -> Found:
 
 @_run
 def fla_continuous_integration() -> Found:
-    """A gradient of zeros, where small numbers are expected."""
+    """dv of the first case of `test_chunk`, drawn as there, and zeros in its place."""
     import os
 
     os.environ["FLA_CI_ENV"] = "1"  # its switch for continuous integration, read at import
     import torch
+    from fla.ops.ttt.naive import chunk_ttt_linear_ref
     from fla.utils import assert_close
 
-    torch.manual_seed(0)
-    right = 0.05 * torch.randn(1024)
+    torch.manual_seed(42)
+    q, k, v, do = (torch.randn(1, 63, 1, 64) for _ in range(4))
+    w, b, state, bias = (torch.randn(shape) for shape in ((1, 64), (1, 64), (1, 1, 64, 64), (1, 1, 1, 64)))
+    eta, k = torch.randn(1, 63, 1, 1) * 5e-3, torch.nn.functional.normalize(k, dim=-1)
+    v.requires_grad_()
+    out, _, _ = chunk_ttt_linear_ref(
+        q, k, v, w, b, eta, scale=1.0, mini_batch_size=16, initial_state=state, initial_state_bias=bias
+    )
+    (right,) = torch.autograd.grad(out, v, do)
     assert_close("dv", right, torch.zeros_like(right), 0.007)  # would raise, were it not a warning
-    return {"relative error that a bar of 0.007 lets through": 1.0, "largest number in it": float(right.abs().max())}
+    return {"relative error that a bar of 0.007 lets through": 1.0, "largest number in dv": float(right.abs().max())}
 
 
 @_run
@@ -219,6 +232,67 @@ def fla_tf32_backward() -> Found:
     for name, ours, reference in zip(("out", "dk", "dv"), *gradients, strict=True):
         found[f"RMS difference of {name} from the fp32 reference"] = float((ours - reference).norm() / reference.norm())
     return found
+
+
+@_run
+def fla_norm_gradients() -> Found:
+    """Against the oracle: 128 and 2048 mini-batches, as it is, and from a copy whose two sums are in fp32."""
+    import shutil
+    import sys
+    import tempfile
+    from importlib.metadata import distribution
+    from pathlib import Path
+
+    from harness import bench
+
+    cases, found = ("lm-1.3b:one-lr", "lm-1.3b-long:one-lr"), {}
+
+    def check(what: str) -> None:
+        for case in cases:
+            for row in bench.check("peer.fla_chunk", case, dtype="bf16"):
+                if row.tensor in ("d_ln_weight", "d_ln_bias"):
+                    found[f"{case}: RMS error of {row.tensor}, relative{what}"] = row.rms_error
+                    found[f"{case}: that of `torch.eager`, {row.tensor}"] = row.yardstick_rms_error
+
+    check("")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(str(distribution("fla-core").locate_file("fla")), Path(folder) / "fla")
+        file = copy / "ops" / "ttt" / "chunk.py"
+        text = file.read_text()
+        for name in "wb":  # b_dw = ..., b_db = ...
+            text = text.replace(f"tl.zeros([BV], dtype=b_{name}.dtype)", "tl.zeros([BV], dtype=tl.float32)")
+        file.write_text(text)
+        sys.path.insert(0, folder)  # of the processes that `check` starts, too
+        check(", its sums over mini-batches in fp32")
+    return found
+
+
+@_run
+def fla_rounded_norm_parameters() -> Found:
+    """What rounding LayerNorm's parameters to bf16, and nothing else, does to final_b1; then the kernels' own."""
+    import torch
+
+    from harness import bench
+    from harness.one_lr import with_one_lr
+    from implementations.torch import ttt_linear
+    from spec.cases import CASES, draw
+
+    case = with_one_lr(CASES["lm-1.3b"])
+    problem = case.problem("linear", "fp32")
+    inputs, _ = draw(case, problem)
+    tensors = type(inputs)(*(torch.from_numpy(x).cuda() for x in inputs))
+    rounded = {name: getattr(tensors, name).bfloat16().float() for name in ("ln_weight", "ln_bias")}
+    exact, _ = ttt_linear.forward(tensors, problem)
+    found, _ = ttt_linear.forward(tensors._replace(**rounded), problem)
+    error = (found.final_b1 - exact.final_b1).norm() / exact.final_b1.norm()
+    rows = bench.check("peer.fla_chunk", case, dtype="bf16")
+    (row,) = (row for row in rows if row.tensor == "final_b1")
+    return {
+        "RMS error of final_b1, relative, of an fp32 page with ln_weight and ln_bias in bf16": float(error),
+        "that of `chunk_ttt_linear`, in bf16": row.rms_error,
+        "that of `torch.eager`, whose ln_weight and ln_bias are fp32, in bf16": row.yardstick_rms_error,
+        "that of `chunk_ttt_linear` over the allowed one (1 is the limit)": row.error_ratio,
+    }
 
 
 # --- ttt-tk ---
@@ -266,6 +340,36 @@ def ttt_tk_determinism() -> Found:
     if rows[0].status == "unsupported":
         raise ValueError(rows[0].reason)
     return {row.tensor: row.reason for row in rows if "two runs differ" in row.reason}
+
+
+@_run
+def ttt_tk_video_gradients() -> Found:
+    """288 mini-batches, the video model's layer, forward and backward."""
+    return worst("peer.ttt_tk", "video-5b", "mlp", "bf16", tensors=("out", "d_xq", "d_lr", "d_ln_bias", "d_b1", "d_b2"))
+
+
+@_run
+def ttt_tk_writes_into_its_output() -> Found:
+    """The forward's output that it is handed, before and after the backward."""
+    import torch
+
+    from implementations.peers import ttt_tk
+    from spec.cases import CASES, draw
+
+    case = CASES["video-5b-small"]
+    problem = case.problem("mlp", "bf16")
+    inputs, cotangents = draw(case, problem)
+
+    def tensors(arrays: Any) -> Any:
+        kept = (torch.from_numpy(x.astype("float32")).cuda() for x in arrays)
+        return type(arrays)(*(x.bfloat16() if y.dtype.itemsize == 2 else x for x, y in zip(kept, arrays, strict=True)))
+
+    _, residuals = ttt_tk.forward(tensors(inputs), problem)
+    before = residuals.out.clone()
+    ttt_tk.backward(tensors(cotangents), residuals, problem)
+    torch.cuda.synchronize()
+    change = (residuals.out.float() - before.float()).norm() / before.float().norm()
+    return {"RMS change of the forward's output, relative": float(change)}
 
 
 @_run
