@@ -257,8 +257,9 @@ class Bench:
             subjects = [self._subject(cell) for cell in cells if pass_ in cell.passes]
             with _device_to_itself(self._settings.stamp):
                 self._take_turns(subjects, pass_)
+                shared = self._share_memory()  # before the first is alone
                 for number, subject in enumerate(subjects):
-                    if subject.failure and subject.failure.status == "oom" and self._shares_memory():
+                    if shared and subject.failure and subject.failure.status == "oom":
                         subjects[number] = self._alone(subject.cell, pass_)
             yield from ((subject, pass_) for subject in subjects)
             if self._is_over():
@@ -331,7 +332,7 @@ class Bench:
             subject.workers[process].stop()
         return subject
 
-    def _shares_memory(self) -> bool:
+    def _share_memory(self) -> bool:
         return sum(worker.running for worker in itertools.chain(*self._workers.values())) > 1
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = """
 from implementations.registry import Implementation
 
-NAMES = "wrong", "slow", "crash", "greedy"
+NAMES = "wrong", "slow", "crash", "greedy", "hungry"
 ENTRIES = [Implementation(f"ours.{name}", "torch", {"linear": f"ours_{name}"}) for name in NAMES]
 """
 PAGE = """
@@ -27,7 +27,7 @@ import time
 from implementations.torch.ttt_linear import backward, forward as genuine
 
 CALLS = []
-MEMORY = open(__file__)
+MEMORY = open(os.path.join(os.path.dirname(__file__), "ours_entries.py"))
 
 
 def take_it_all():
@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def ours(tmp_path_factory) -> Path:
     """A folder with somebody else's package: `ours.wrong` spoils one element, `ours.slow` takes its time.
 
-    `ours.crash` takes its process with it when it is timed, `ours.greedy` runs out of memory beside one of its kind.
+    `ours.crash` takes its process with it when it is timed, `ours.greedy` and `ours.hungry` run out of memory beside
+    one of their kind.
     """
     folder = tmp_path_factory.mktemp("ours")
     info = folder / "ours-1.0.dist-info"
@@ -64,7 +65,8 @@ def ours(tmp_path_factory) -> Path:
     (folder / "ours_wrong.py").write_text(PAGE % "outputs.out[1, 40, 1, 3] += 100")
     (folder / "ours_slow.py").write_text(PAGE % "time.sleep(0.1)")
     (folder / "ours_crash.py").write_text(PAGE % "CALLS.append(0); len(CALLS) > 9 and os.abort()")
-    (folder / "ours_greedy.py").write_text(PAGE % "take_it_all()")
+    for name in ("greedy", "hungry"):
+        (folder / f"ours_{name}.py").write_text(PAGE % "take_it_all()")
     return folder
 
 

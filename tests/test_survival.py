@@ -110,11 +110,13 @@ def test_a_crash_costs_its_own_rows_and_retry_failed_is_for_them(ours, grid, tmp
 
 
 def test_what_runs_out_of_memory_is_measured_alone(ours, grid, tmp_path):
-    code, said = finish(
-        sweep(ours, grid, tmp_path, "--implementations", "ours.greedy", "--processes", "2", "--passes", "forward")
-    )
-    (row,) = records.load(tmp_path / "sweep.csv", SweepRow)
-    assert code == 0 and (row.status, row.processes) == ("ok", 2), said
+    common = "--device", "cpu", "--grid", grid, "--results", tmp_path
+    for name in ("ours.greedy", "ours.hungry"):
+        assert finish(command(ours, "parity", *common, "--implementations", name))[0] == 0
+    names = "--implementations", "ours.greedy,ours.hungry"
+    code, said = finish(sweep(ours, grid, tmp_path, *names, "--processes", "2", "--passes", "forward"))
+    rows = records.load(tmp_path / "sweep.csv", SweepRow)
+    assert code == 0 and [(row.status, row.processes) for row in rows] == [("ok", 2)] * 2, said
     assert set(records.samples(tmp_path)["process"]) == {0, 1}
 
 
