@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,9 +15,27 @@ from implementations.registry import Implementation, implementations
 from implementations.torch import ttt_linear
 from spec.problem import Problem
 from tests import toy
-from tests.conftest import command, finish
+from tests.conftest import ROOT, command, finish
 
 CASE = "size-d16"
+
+
+def script(folder: Path, *lines: str) -> tuple[int, str, str]:
+    """Run these lines as somebody's script: its exit code, what it says, and its errors."""
+    path = folder / "script.py"
+    path.write_text("\n".join(("from harness import bench", *lines)) + "\n")
+    done = subprocess.run(
+        [sys.executable, path],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+OWN = "from implementations.torch import ttt_linear", "def forward(*given):", "    return ttt_linear.forward(*given)"
 
 
 @pytest.mark.parametrize(
@@ -98,3 +120,11 @@ def test_the_command_measures_a_module_in_the_current_folder(tmp_path):
     code, text = finish(command(tmp_path, *arguments, "--check-only", "--dtype", "fp64"))
     assert code == 0 and "median" not in text
     assert finish(command(tmp_path, "measure", "nobody"))[0] == 2
+
+
+def test_functions_of_a_script_are_checked_and_timed(tmp_path):
+    call = f'bench.measure(forward, "{CASE}", device="cpu", passes=["forward"])'
+    code, said, errors = script(
+        tmp_path, *OWN, "if __name__ == '__main__':", f"    print(*(row.status for row in {call}))"
+    )
+    assert (code, said, errors) == (0, "ok\n", "")
