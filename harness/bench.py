@@ -8,7 +8,16 @@
 
 In place of the module: an `Implementation`, a registered key, "package.module:ENTRY", or the functions themselves.
 All run as in a sweep, in processes of their own, so what is handed over must be importable there: functions that
-live in a notebook's cells are not. Rows are dataclasses: `pandas.DataFrame(rows)` is a table of them.
+live in a notebook's cells are not. Each process imports a script whose own functions are handed over, so there the
+calls have a guard:
+
+    def forward(inputs, problem): ...
+    def backward(cotangents, residuals, problem): ...
+
+    if __name__ == "__main__":
+        bench.check((forward, backward), "lm-1.3b-small")
+
+Rows are dataclasses: `pandas.DataFrame(rows)` is a table of them.
 """
 
 from __future__ import annotations
@@ -27,6 +36,7 @@ from harness.one_lr import SUFFIX, with_one_lr
 from harness.parity import Settings
 from harness.rows import ParityRow, SweepRow
 from harness.timing import Cache
+from harness.worker import Unguarded
 from implementations.registry import Device, Implementation, implementations, select, unknown
 from spec.cases import CASES, Case
 from spec.problem import PASSES, Dtype, InnerModel, MatmulPrecision, Pass
@@ -72,7 +82,8 @@ def check(
         timeout: seconds for one call.
 
     Raises:
-        ValueError: there is no such case, or the candidate is nothing that another process can import.
+        ValueError: there is no such case, or the candidate is nothing that another process can import; a script's
+            own functions are not where it calls the bench as it is imported.
     """
     settings = Settings(environment.stamp(device or environment.find_device()), seed, timeout=timeout)
     entry = implementation(candidate, framework, inner_model)
@@ -203,4 +214,7 @@ def _cells(
 
 
 def _check(cells: list[Cell], settings: Settings) -> list[ParityRow]:
-    return [row for _, rows in parity.run(parity.with_yardstick(cells), settings) for row in rows]
+    try:
+        return [row for _, rows in parity.run(parity.with_yardstick(cells), settings) for row in rows]
+    except Unguarded as error:
+        raise Unguarded(*error.args) from None  # where it was found is of no use to whoever forgot the guard

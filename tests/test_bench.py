@@ -128,3 +128,14 @@ def test_functions_of_a_script_are_checked_and_timed(tmp_path):
         tmp_path, *OWN, "if __name__ == '__main__':", f"    print(*(row.status for row in {call}))"
     )
     assert (code, said, errors) == (0, "ok\n", "")
+
+
+def test_a_script_without_a_guard_works_where_the_functions_are_in_a_module(tmp_path):
+    call = f'bench.measure("implementations.torch.ttt_linear", "{CASE}", device="cpu", passes=["forward"])'
+    assert script(tmp_path, f"print(*(row.status for row in {call}))") == (0, "ok\n", "")
+
+
+def test_a_script_without_a_guard_for_its_own_functions_is_one_clear_line(tmp_path):
+    code, said, errors = script(tmp_path, *OWN, f'bench.check(forward, "{CASE}", device="cpu")')
+    assert (code, said) == (1, "") and errors.count("Traceback") == 1 and len(errors.splitlines()) < 12
+    assert errors.splitlines()[-1].endswith('put the calls under if __name__ == "__main__":')
