@@ -46,9 +46,10 @@ OWN = "from implementations.torch import ttt_linear", "def forward(*given):", " 
         toy,
         toy.ENTRY,
         (toy.forward, toy.backward),
+        [toy.forward, toy.backward],
         "torch.autograd",
     ],
-    ids=["name", "entry name", "module", "entry", "functions", "key"],
+    ids=["name", "entry name", "module", "entry", "functions", "list", "key"],
 )
 def test_what_may_be_handed_over(candidate):
     entry = bench.implementation(candidate)
@@ -74,10 +75,19 @@ def test_what_is_wrong_is_wrong_and_never_timed():
     assert status == {"tests.toy.wrong_forward": "wrong", "torch.eager": "ok"}
 
 
-def test_a_forward_alone_has_no_other_pass():
+def test_a_forward_alone_is_timed_forward_unless_another_pass_is_named():
     rows = bench.measure(toy.forward, CASE, device="cpu")
-    assert {row.pass_: row.status for row in rows} == {"forward": "ok", "forward_backward": "unsupported"}
-    assert all(row.device_ms > 0 for row in rows if row.status == "ok")
+    assert {row.pass_: row.status for row in rows} == {"forward": "ok"} and rows[0].device_ms > 0
+    rows = bench.measure(toy.forward, CASE, device="cpu", passes=["forward_backward"])
+    assert {row.pass_: row.status for row in rows} == {"forward_backward": "unsupported"}
+
+
+def test_one_name_may_stand_for_a_list_of_them():
+    rows = bench.measure("torch.autograd", CASE, device="cpu", passes="forward", beside="torch.eager", caches="warm")
+    assert [(row.implementation, row.pass_, row.cache, row.status) for row in rows] == [
+        ("torch.autograd", "forward", "warm", "ok"),
+        ("torch.eager", "forward", "warm", "ok"),
+    ]
 
 
 def test_a_crash_costs_its_own_rows_only():
@@ -106,6 +116,20 @@ def test_what_cannot_be_run_is_one_clear_line(candidate, message):
         bench.check(candidate, CASE, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("source", "got"),
+    [
+        ("def forward(", "SyntaxError: '(' was never closed (broken.py, line 1)"),
+        ("raise RuntimeError('no GPU,\\nno kernel')", "RuntimeError: no GPU, no kernel"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_one_clear_line(tmp_path, source, got):
+    (tmp_path / "broken.py").write_text(source)
+    code, said = finish(command(tmp_path, "measure", "broken"))
+    assert (code, said) == (2, f"error: broken: its import failed with {got}\n")
+
+
 def test_an_unknown_case_lists_the_valid_ones():
     with pytest.raises(ValueError, match=r"unknown case 'size-d17' \(did you mean size-d16\?\)"):
         bench.check(toy, "size-d17", device="cpu")
@@ -119,6 +143,9 @@ def test_the_command_measures_a_module_in_the_current_folder(tmp_path):
     assert "12/12" in text and "median ms of one call" in text
     code, text = finish(command(tmp_path, *arguments, "--check-only", "--dtype", "fp64"))
     assert code == 0 and "median" not in text
+    (tmp_path / "half.py").write_text("from implementations.torch.ttt_linear import forward\n")
+    code, text = finish(command(tmp_path, "measure", "half", "--case", CASE, "--device", "cpu"))
+    assert code == 0 and "median" in text, text
     assert finish(command(tmp_path, "measure", "nobody"))[0] == 2
 
 
