@@ -90,6 +90,13 @@ def test_one_name_may_stand_for_a_list_of_them():
     ]
 
 
+def test_a_gradient_that_is_missing_is_named_with_what_was_expected():
+    (row,) = bench.check((toy.forward, toy.backward_without_lr), CASE, device="cpu")
+    assert row.reason == "ValueError: d_lr: expected (B, T, H) = (2, 64, 2) of float32, got None"
+    (row,) = bench.check(toy.forward_without_state, CASE, device="cpu")
+    assert row.reason == "ValueError: final_b1: expected (B, H, D) = (2, 2, 16) of float32, got float"
+
+
 def test_a_crash_costs_its_own_rows_only():
     rows = bench.measure(toy.crash, CASE, device="cpu", beside=["torch.eager"], passes=["forward"])
     assert {row.implementation: row.status for row in rows} == {"tests.toy.crash": "crash", "torch.eager": "ok"}
