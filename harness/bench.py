@@ -8,7 +8,16 @@
 
 In place of the module: an `Implementation`, a registered key, "package.module:ENTRY", or the functions themselves.
 All run as in a sweep, in processes of their own, so what is handed over must be importable there: functions that
-live in a notebook's cells are not. Rows are dataclasses: `pandas.DataFrame(rows)` is a table of them.
+live in a notebook's cells are not. Each process imports a script whose own functions are handed over, so there the
+calls have a guard:
+
+    def forward(inputs, problem): ...
+    def backward(cotangents, residuals, problem): ...
+
+    if __name__ == "__main__":
+        bench.check((forward, backward), "lm-1.3b-small")
+
+Rows are dataclasses: `pandas.DataFrame(rows)` is a table of them.
 """
 
 from __future__ import annotations
@@ -27,12 +36,14 @@ from harness.one_lr import SUFFIX, with_one_lr
 from harness.parity import Settings
 from harness.rows import ParityRow, SweepRow
 from harness.timing import Cache
+from harness.worker import Unguarded
 from implementations.registry import Device, Implementation, implementations, select, unknown
 from spec.cases import CASES, Case
 from spec.problem import PASSES, Dtype, InnerModel, MatmulPrecision, Pass
 
 Functions = tuple[Callable[..., Any], Callable[..., Any] | None]  # forward, and backward if there is one
-Candidate = Implementation | ModuleType | Functions | Callable[..., Any] | str
+Candidate = Implementation | ModuleType | Functions | list[Callable[..., Any]] | Callable[..., Any] | str
+_PASSES: tuple[Pass, ...] = ("forward", "forward_backward")  # that are timed where none are named
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,8 @@ def check(
         timeout: seconds for one call.
 
     Raises:
-        ValueError: there is no such case, or the candidate is nothing that another process can import.
+        ValueError: there is no such case, or the candidate is nothing that another process can import; a script's
+            own functions are not where it calls the bench as it is imported.
     """
     settings = Settings(environment.stamp(device or environment.find_device()), seed, timeout=timeout)
     entry = implementation(candidate, framework, inner_model)
@@ -94,8 +106,8 @@ def check_and_measure(
     case: str | Case = "lm-1.3b-small",
     *,
     beside: Sequence[str] = (),
-    passes: Sequence[Pass] = ("forward", "forward_backward"),
-    caches: Sequence[Cache] | None = None,
+    passes: Sequence[Pass] | Pass | None = None,
+    caches: Sequence[Cache] | Cache | None = None,
     inner_model: InnerModel | None = None,
     dtype: Dtype = "fp32",
     matmul_precision: MatmulPrecision = "ieee",
@@ -109,23 +121,26 @@ def check_and_measure(
     Args:
         candidate, case: and all arguments that are not here: see `check`.
         beside: keys or folders of registered implementations, checked and timed in turns with the candidate.
-        passes: of forward, backward, forward_backward.
+        passes: of forward, backward, forward_backward; default: forward and, if it has it, forward_backward.
         caches: cold, warm; default: warm on a CPU, whose times are no claim, and both on a GPU.
+            One name may stand for a list of them, in all three.
 
     Raises:
         ValueError: as in `check`, or there is no such implementation or pass.
     """
+    passes = _names(passes)
     for pass_ in passes:
         if pass_ not in PASSES:
             raise ValueError(unknown("pass", pass_, PASSES))
     stamp = environment.stamp(device or environment.find_device())
     settings = Settings(stamp, seed, timeout=timeout)
     entries = [implementation(candidate, framework, inner_model)]
-    entries += [entry for entry in select(beside) if entry.key != entries[0].key]
+    entries += [entry for entry in select(_names(beside)) if entry.key != entries[0].key]
+    passes = passes or [pass_ for pass_ in _PASSES if pass_ in entries[0].passes]
     cells = _cells(entries, case, inner_model, dtype, matmul_precision, passes)
     checked = _check(cells, settings)
     on_gpu = stamp.device == "cuda"
-    protocol = sweep.Protocol(2 if on_gpu else 1, tuple(caches or (("cold", "warm") if on_gpu else ("warm",))))
+    protocol = sweep.Protocol(2 if on_gpu else 1, tuple(_names(caches) or (("cold", "warm") if on_gpu else ("warm",))))
     return checked, [row for row, _ in sweep.run(cells, checked, protocol, settings)]
 
 
@@ -143,8 +158,8 @@ def implementation(
         if not hasattr(found, "forward"):
             raise ValueError(f"{found.__name__}: expected a function forward in it, got none")
         found = Implementation(found.__name__, framework, {inner_model or "linear": found.__name__}, passes=passes)
-    elif callable(found) or isinstance(found, tuple):
-        functions = (found, None) if callable(found) else found
+    elif callable(found) or isinstance(found, tuple | list):
+        functions: Any = (found, None) if callable(found) else tuple(found)
         if len(functions) != 2 or not all(map(callable, filter(None, functions))):
             raise ValueError(f"candidate: expected (forward, backward), got {found!r}")
         found = _of_functions(functions, framework, inner_model or "linear")
@@ -164,6 +179,13 @@ def _import(name: str) -> Any:
         return getattr(found, attribute) if attribute else found
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{name}: expected a key or package.module:ENTRY, got {error}") from None
+    except (Exception, SystemExit) as error:
+        got = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{module}: its import failed with {got}") from None
+
+
+def _names(names: Sequence[Any] | None) -> list[Any]:
+    return [names] if isinstance(names, str) else list(names or ())
 
 
 def _of_functions(functions: Functions, framework: Literal["torch", "jax"], inner_model: InnerModel) -> Implementation:
@@ -203,4 +225,7 @@ def _cells(
 
 
 def _check(cells: list[Cell], settings: Settings) -> list[ParityRow]:
-    return [row for _, rows in parity.run(parity.with_yardstick(cells), settings) for row in rows]
+    try:
+        return [row for _, rows in parity.run(parity.with_yardstick(cells), settings) for row in rows]
+    except Unguarded as error:
+        raise Unguarded(*error.args) from None  # where it was found is of no use to whoever forgot the guard

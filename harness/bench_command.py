@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--matmul-precision", choices=("ieee", "tf32"), default="ieee")
     command.add_argument("--framework", choices=("torch", "jax"), default="torch", help="of a module's arrays")
     command.add_argument("--beside", type=_names, default=("torch.eager",), metavar="A,B", help="timed beside it")
-    command.add_argument("--passes", type=_names, default=("forward", "forward_backward"), metavar="A,B")
+    command.add_argument("--passes", type=_names, metavar="A,B", help="default: forward and, if any, forward_backward")
     command.add_argument("--check-only", action="store_true", help="hold it to the oracle, and time nothing")
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     command.add_argument("--seed", type=int, default=0)

@@ -7,7 +7,7 @@ and compared as PyTorch tensors where they are, in float64: a GPU does in millis
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ import numpy as np
 
 from harness.frameworks import Framework
 from spec.cost import working_bytes
-from spec.problem import Pass, Problem
-from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs, validate
+from spec.problem import ARRAY_DTYPE, Pass, Problem
+from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs, tensor_specs, validate
 
 if TYPE_CHECKING:  # the command line reads what is declared here, and never waits for PyTorch
     import torch
@@ -75,7 +75,7 @@ def examine(
     memory = working_bytes(problem)
     framework.poison(memory)
     (results, residuals), forward_s = _timed(framework, page.forward, given, problem)
-    validate(results, OUTPUTS, problem)
+    _require_arrays(results, OUTPUTS, problem)
     outputs = framework.copies(results)
     faults = {"out": _difference("forward changed its input", inputs, framework.copies(given))}
 
@@ -83,7 +83,7 @@ def examine(
     if "backward" in passes:
         framework.poison(memory)
         pulled_back, backward_s = _timed(framework, page.backward, pulled, residuals, problem)
-        validate(pulled_back, INPUTS, problem)
+        _require_arrays(pulled_back, INPUTS, problem, "d_")
         gradients = framework.copies(pulled_back)
         del pulled_back
         repeated = framework.copies(page.backward(pulled, residuals, problem))
@@ -107,6 +107,18 @@ def examine(
         of_gradients = _compare(found, true, problem, "d_", token_eta=truth.token_eta_scale)
         checks += [replace(check, first_call_s=backward_s) for check in of_gradients]
     return [replace(check, fault=check.fault or faults.get(check.tensor)) for check in checks]
+
+
+def _require_arrays(tensors: Any, kinds: Mapping[str, type], problem: Problem, prefix: str = "") -> None:
+    """What `validate` requires, and that all of them are arrays: a gradient may be None, say."""
+    kind = kinds[problem.inner_model]
+    specs = tensor_specs(kind, problem) if type(tensors) is kind else ()  # `validate` refuses another tuple
+    for spec, tensor in zip(specs, tensors, strict=False):
+        if not (hasattr(tensor, "shape") and hasattr(tensor, "dtype")):
+            expected = f"({', '.join(spec.axes)}) = {spec.shape} of {ARRAY_DTYPE[spec.dtype]}"
+            got = None if tensor is None else type(tensor).__name__
+            raise ValueError(f"{prefix}{spec.name}: expected {expected}, got {got}")
+    validate(tensors, kinds, problem)
 
 
 def _timed(framework: Framework, function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:

@@ -145,11 +145,13 @@ def _sweep(options: argparse.Namespace) -> int:
     _finish(checked_path, ParityRow)
     _finish(path, SweepRow)
     records.pack_samples(folder)
-    rows = sweep.of_cells(_load(path, SweepRow), cells, settings.stamp.device)
-    console.print(summary.sweep_table(rows, options.baseline))
+    measured = _load(path, SweepRow)
+    baseline = report.baseline_of(folder, measured, options.baseline)
+    rows = sweep.of_cells(measured, cells, settings.stamp.device)
+    console.print(summary.sweep_table(rows, baseline))
     for line in summary.sweep_notes(rows):
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
-    _print_plots(plots.parity_plots(folder) + plots.sweep_plots(folder, baseline=options.baseline), path)
+    _print_plots(plots.parity_plots(folder) + plots.sweep_plots(folder, baseline), path)
     return 1 if any(row.status not in ("ok", "unsupported") for row in rows) else 0
 
 

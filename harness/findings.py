@@ -38,14 +38,23 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Reproduce, keep, write the page; 1 if one did not reproduce."""
+    """Reproduce, keep, write the page; 1 if one did not reproduce, or was named and cannot run here."""
     device = environment.find_device()
-    chosen = _chosen(options.names, device)
+    chosen = _chosen(options.names)
+    if options.page_only:
+        chosen = []
+    left_out = {finding.name: why for finding in chosen if (why := cannot_run(finding, device))}
+    for why in dict.fromkeys(left_out.values()):
+        names = ", ".join(name for name in left_out if left_out[name] == why)
+        what = "cannot run here" if options.names else "left out"
+        console.print(f"{what}: {names}: {why}", markup=False, highlight=False, soft_wrap=True)
     options.folder.mkdir(parents=True, exist_ok=True)
     kept = options.folder / "findings.json"
     measured: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    failed = []
-    for finding in () if options.page_only else chosen:
+    failed = list(left_out) if options.names else []
+    for finding in chosen:
+        if finding.name in left_out:
+            continue
         found, error = reproduce(finding)
         console.print(f"{finding.name}: {error or found}", markup=False, highlight=False, soft_wrap=True)
         if error:
@@ -71,14 +80,22 @@ def _keep(measured: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(dict(sorted(measured.items())), indent=2) + "\n", encoding="utf-8")
 
 
-def _chosen(names: Sequence[str], device: Device) -> list[Finding]:
+def _chosen(names: Sequence[str]) -> list[Finding]:
     known = {finding.name: finding for finding in FINDINGS}
     for name in names:
         if name not in known:
             raise ValueError(unknown("finding", name, known))
-    if names:
-        return [known[name] for name in names]
-    return [finding for finding in FINDINGS if finding.needs == "any" or device == "cuda"]
+    return [known[name] for name in names] or list(FINDINGS)
+
+
+def cannot_run(finding: Finding, device: Device) -> str | None:
+    """Why this machine cannot reproduce it, or None."""
+    if finding.needs == "h100" and device != "cuda":
+        return "needs an H100"
+    for package in finding.packages:
+        if not findings_runs.versions([package]):
+            return f'{package} is not installed: pip install ".[peers]"'
+    return None
 
 
 def reproduce(finding: Finding) -> tuple[dict[str, Any], str | None]:

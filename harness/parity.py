@@ -29,7 +29,7 @@ from harness.check import TensorCheck
 from harness.environment import Stamp
 from harness.grid import Cell
 from harness.rows import ParityRow
-from harness.worker import Failure, Worker
+from harness.worker import Failure, Unguarded, Worker
 from implementations.registry import Implementation, implementations
 from spec.cost import affordable_form, working_bytes
 from spec.problem import Problem
@@ -256,7 +256,7 @@ class _Lane:
             threading.Thread(target=self._start, args=(workers[0], warm_up), daemon=True).start()
 
     def _start(self, worker: Worker, warm_up: Callable[[], None]) -> None:
-        with suppress(Failure):  # whatever it is, the first check says so
+        with suppress(Failure, Unguarded):  # whatever it is, the first check says so
             worker.call(warm_up, timeout=WARM_UP_SECONDS)
         self._idle.put(worker)
 

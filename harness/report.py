@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from harness.figures import pictures
 from harness.leaderboard import leaderboard
 from harness.parity_view import matrices, worst_first
 from harness.rows import ParityRow, Row, SweepRow, latest
+from implementations.registry import implementations, unknown
 
 NAME, BASELINE = "index.html", "torch.eager"
 
@@ -46,15 +48,39 @@ def write(folder: str | Path, baseline: str = BASELINE) -> Path:
     return path
 
 
+def baseline_of(folder: Path, rows: Iterable[SweepRow], wanted: str) -> str:
+    """What speed-ups in the folder with these rows are relative to; where that is not `wanted`, it says so."""
+    found = _or_first(wanted, _timed(rows))
+    if found != wanted:
+        print(f"{wanted} has no time in {folder}: speed-ups are over {found}")
+    return found
+
+
 def _report(options: argparse.Namespace) -> int:
-    for folder in options.folders or _all_folders():
+    folders = options.folders or _all_folders()
+    sweeps: list[list[SweepRow]] = []
+    for folder in folders:
         _require_results(folder)
+        sweeps.append(_rows(folder / "sweep.csv", SweepRow))
+    known = dict.fromkeys([*implementations(), *(row.implementation for rows in sweeps for row in rows)])
+    if options.baseline not in known:
+        raise ValueError(unknown("baseline", options.baseline, known))
+    for folder, rows in zip(folders, sweeps, strict=True):
+        baseline = baseline_of(folder, rows, options.baseline)
         if _rows(folder / "parity.csv", ParityRow):
             plots.parity_plots(folder)  # drawn again, so that they cannot be older than the rows
-        if _rows(folder / "sweep.csv", SweepRow):
-            plots.sweep_plots(folder, options.baseline)
-        print(write(folder, options.baseline))
+        if rows:
+            plots.sweep_plots(folder, baseline)
+        print(write(folder, baseline))
     return 0
+
+
+def _timed(rows: Iterable[SweepRow]) -> list[str]:
+    return sorted({row.implementation for row in rows if row.status == "ok"})
+
+
+def _or_first(baseline: str, timed: list[str]) -> str:
+    return baseline if baseline in timed or not timed else timed[0]
 
 
 def _all_folders() -> list[Path]:
@@ -74,8 +100,8 @@ def _render(folder: Path, baseline: str) -> str:
     _require_results(folder)
     parity, sweep = _rows(folder / "parity.csv", ParityRow), _rows(folder / "sweep.csv", SweepRow)
     machine, ceilings = _json(folder / "environment.json"), _json(folder / "ceilings.json")
-    timed = sorted({row.implementation for row in sweep if row.status == "ok"})
-    baseline = baseline if baseline in timed or not timed else timed[0]
+    timed = _timed(sweep)
+    baseline = _or_first(baseline, timed)
     cells = leaderboard(sweep, baseline)
     parity = worst_first(parity)
     everything: list[view.AnyRow] = [*parity, *sweep]

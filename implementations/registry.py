@@ -12,8 +12,10 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import ModuleType
@@ -197,7 +199,7 @@ def _hash_of_pages(names: tuple[str, ...]) -> str:
 def _add_sources(name: str, files: set[Path]) -> None:
     """Add the file of module `name`, the CUDA sources beside it, and the modules of its top package it imports."""
     try:
-        spec = importlib.util.find_spec(name) if name not in ("", __name__) else None
+        spec = _find_spec(name) if name not in ("", __name__) else None
     except ImportError:
         return
     if not spec or not spec.origin or not spec.origin.endswith(".py") or Path(spec.origin) in files:
@@ -218,6 +220,14 @@ def _add_sources(name: str, files: set[Path]) -> None:
         for module in imported:
             if module.partition(".")[0] == name.partition(".")[0]:
                 _add_sources(module, files)
+
+
+def _find_spec(name: str) -> ModuleSpec | None:
+    main = sys.modules["__main__"]
+    if name != "__main__" or main.__spec__ is not None:
+        return importlib.util.find_spec(name)
+    file = getattr(main, "__file__", None)  # a script has no spec; a notebook has no file either
+    return importlib.util.spec_from_file_location(name, file) if file else None
 
 
 def _built_in() -> Iterable[Implementation]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from rich.console import Console
 
 from harness import findings, findings_runs
 from harness.command import main
@@ -57,9 +58,45 @@ def test_an_unknown_finding_lists_the_valid_ones(tmp_path, capsys):
     assert "did you mean ttt-tk-eps?" in capsys.readouterr().out.replace("\n", "")
 
 
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Three findings in place of all, and the names of those that ran; `reproduce` of nothing but a name."""
+    words = "a project", "a title", "some text that is long enough"
+    some = (
+        Finding("ttt-tk-eps-in-our-page", *words),
+        Finding("ttt-tk-determinism", *words, "h100"),
+        Finding("ttt-tk-eps", *words, packages=("pytest", "no-such-package")),
+    )
+    ran = []
+    monkeypatch.setattr(findings, "FINDINGS", some)
+    monkeypatch.setattr(findings, "reproduce", lambda finding: (ran.append(finding.name) or {}, None))
+    monkeypatch.setattr(findings.environment, "find_device", lambda: "cpu")
+    monkeypatch.setattr(findings, "console", Console(width=1000))
+    return ran
+
+
+def test_by_default_what_cannot_run_here_is_left_out_and_said(runs, tmp_path, capsys):
+    assert main(["findings", "--folder", str(tmp_path)]) == 0
+    assert runs == ["ttt-tk-eps-in-our-page"]
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "left out: ttt-tk-determinism: needs an H100",
+        'left out: ttt-tk-eps: no-such-package is not installed: pip install ".[peers]"',
+    ]
+
+
+def test_what_was_named_and_cannot_run_here_is_a_failure_and_is_not_run(runs, tmp_path, capsys):
+    assert main(["findings", "ttt-tk-eps", "ttt-tk-eps-in-our-page", "--folder", str(tmp_path)]) == 1
+    assert runs == ["ttt-tk-eps-in-our-page"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == 'cannot run here: ttt-tk-eps: no-such-package is not installed: pip install ".[peers]"'
+    assert main(["findings", "ttt-tk-determinism", "--folder", str(tmp_path)]) == 1
+    assert runs == ["ttt-tk-eps-in-our-page"] and "needs an H100" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", [f.name for f in FINDINGS if f.packages and f.needs == "any"])
 def test_what_needs_a_peer_reproduces_where_it_is_installed(name):
-    pytest.importorskip("fla")
     finding = next(f for f in FINDINGS if f.name == name)
+    if why := findings.cannot_run(finding, "cpu"):
+        pytest.skip(why)
     found, error = findings.reproduce(finding)
     assert error is None and found

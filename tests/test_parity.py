@@ -15,7 +15,7 @@ from harness.check import TensorCheck
 from harness.frameworks import open_framework
 from harness.grid import Cell
 from harness.parity import Settings
-from harness.worker import Failure
+from harness.worker import Failure, Unguarded
 from implementations.registry import implementations
 from spec.cases import CASES, draw
 from spec.cost import working_bytes
@@ -144,6 +144,15 @@ def test_out_of_memory_is_tried_again_alone_on_a_gpu_only(monkeypatch):
         cell = Cell(ENTRY, CASE, CASE.problem("linear", "fp32"), ())
         found = runner._call(calls, cell, jobs.check)
         assert isinstance(found, Failure) == (tried == 1) and calls.stopped == idle.stopped == tried - 1
+
+
+def test_a_script_that_cannot_be_imported_is_said_by_the_check_not_by_the_warm_up():
+    worker = Calls(0, [Unguarded("put the calls under a guard")])
+    lane = parity._Lane([worker], jobs.clear)
+    try:
+        assert lane.submit(lambda _: "checked").result(10) == "checked"
+    finally:
+        lane.close()
 
 
 def test_the_memory_that_a_check_takes_is_known_roughly():

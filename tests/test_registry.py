@@ -6,6 +6,7 @@ import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -158,6 +159,19 @@ def test_source_hash_changes_with_what_a_page_is_made_of_alone(tmp_path, monkeyp
         (package / name).write_text("# changed")
         hashes.append(fresh_hash(entry))
     assert len(set(hashes)) == len(hashes)
+
+
+def test_source_hash_of_a_script_is_that_of_its_file(tmp_path, monkeypatch):
+    path = tmp_path / "script.py"
+    main = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    entry = Implementation("a.script", "torch", {"linear": "__main__"})
+    hashes = [fresh_hash(entry)]  # a notebook's: there is no file
+    main.__file__ = str(path)
+    for source in ("", "# changed"):
+        path.write_text(source)
+        hashes.append(fresh_hash(entry))
+    assert len(set(hashes)) == 3
 
 
 def test_source_hash_of_what_is_not_there_is_no_crash():

@@ -221,6 +221,24 @@ def test_the_command_draws_and_writes(folder, tmp_path, capsys):
     assert [row[4] for row in board(page)[:4]] == ["4.00×", "1.00×", "0.200×", "0.0500×"]
 
 
+def test_a_baseline_without_a_time_is_replaced_by_the_same_one_on_page_and_plots(folder, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("harness.report.plots.sweep_plots", lambda folder, baseline: drawn.append(baseline))
+    shutil.copy(folder / "sweep.csv", tmp_path)
+    assert main(["report", str(tmp_path), "--baseline", "mine.wrong"]) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert f"mine.wrong has no time in {tmp_path}: speed-ups are over jax.scan" in said
+    page = (tmp_path / "index.html").read_text()
+    assert drawn == ["jax.scan"] and '<option selected>jax.scan' in page.replace('value="jax.scan" ', "")
+
+
+def test_an_unknown_baseline_lists_the_valid_ones_and_draws_nothing(folder, tmp_path, capsys):
+    shutil.copy(folder / "sweep.csv", tmp_path)
+    assert main(["report", str(tmp_path), "--baseline", "triton.fist"]) == 2
+    assert "unknown baseline 'triton.fist' (did you mean triton.fast?)" in capsys.readouterr().out.replace("\n", "")
+    assert not (tmp_path / report.NAME).exists() and not list(tmp_path.glob("*.png"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from harness.frameworks import Unsupported
 from harness.worker import Failure, Worker, classify
+from tests.conftest import ROOT
 
 # As the environment was while this module was imported: in the child, that is before the first call.
 AT_IMPORT = os.environ.get("TTT_LAB_TEST")
@@ -121,13 +124,22 @@ def test_a_signal_without_a_name_is_a_crash_with_its_number(shared):
     assert failure(shared, kill_oneself, number).reason == f"the process died with signal {int(number)}"
 
 
+def no_memory(*_, **__):
+    raise OSError("no memory")
+
+
+def reaped(*_):
+    raise ChildProcessError("no child processes")
+
+
 def test_a_child_that_somebody_else_reaped_is_a_crash(monkeypatch):
     worker = Worker()
     try:
         worker.call(add, 2, 3, timeout=TIMEOUT)
-        monkeypatch.setattr(worker._process._popen, "poll", lambda *_: None)
+        monkeypatch.setattr(os, "waitpid", reaped)
         found = failure(worker, leave, 7, "Fatal")
-        assert (found.status, found.reason) == ("crash", "the process hung up without an exit code: Fatal")
+        assert (found.status, found.reason) == ("crash", "the process hung up without an error code: Fatal")
+        monkeypatch.undo()
         assert worker.call(add, 2, 3, timeout=TIMEOUT) == 5
     finally:
         worker.close()
@@ -202,3 +214,31 @@ def test_a_closed_worker_starts_nothing():
     worker = Worker()
     worker.close()
     assert failure(worker, add, 2, 3).reason == "stopped by the user"
+
+
+def test_what_did_not_start_is_nothing_to_stop_and_the_next_call_starts(monkeypatch):
+    worker = Worker()
+    try:
+        monkeypatch.setattr(subprocess, "Popen", no_memory)
+        with pytest.raises(OSError, match="no memory"):
+            worker.call(add, 2, 3, timeout=TIMEOUT)
+        worker.stop()
+        monkeypatch.undo()
+        assert worker.call(add, 2, 3, timeout=TIMEOUT) == 5
+    finally:
+        worker.close()
+
+
+def test_a_child_does_not_outlive_its_parent_whatever_it_is_doing():
+    start = "from tests.test_worker import *; w = Worker(); print(w.call(process, timeout=60), flush=True); "
+    command = [sys.executable, "-c", start + "w.call(sleep, 60, timeout=60)"]
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pid = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(TIMEOUT) != 0
+    parent.stdout.close()
+    for _ in range(100):
+        if not Path("/proc", str(pid)).exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{pid} lives on")

@@ -8,7 +8,7 @@ from implementations.registry import Implementation
 from implementations.torch import ttt_linear
 from implementations.torch.ttt_linear import backward
 
-__all__ = ["ENTRY", "backward", "crash", "forward", "wrong_forward"]
+__all__ = ["ENTRY", "backward", "backward_without_lr", "crash", "forward", "forward_without_state", "wrong_forward"]
 ENTRY = Implementation("toy.entry", "torch", {"linear": "tests.toy"})
 
 
@@ -19,6 +19,15 @@ def forward(inputs, problem):
 def wrong_forward(inputs, problem):
     outputs, residuals = ttt_linear.forward(inputs, problem)
     return outputs._replace(out=outputs.out * 1.01), residuals
+
+
+def forward_without_state(inputs, problem):
+    outputs, residuals = ttt_linear.forward(inputs, problem)
+    return outputs._replace(final_b1=0.0), residuals
+
+
+def backward_without_lr(cotangents, residuals, problem):
+    return backward(cotangents, residuals, problem)._replace(lr=None)
 
 
 def crash(inputs, problem):
