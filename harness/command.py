@@ -2,7 +2,8 @@
 
 Exit codes: 0 all right; 1 something is wrong, too slow or missing in the results; 2 the command, the grid or the
 results folder is not usable; 130 interrupted (what was finished is on disk, and the same command resumes a sweep).
-`compare` has codes of its own, see `compare_command`.
+`compare` has codes of its own, see `compare_command`. What draws is imported where something is drawn: seaborn takes
+two seconds, not for a command that is refused or only says what is done.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ from harness import (
     parity,
     peer_bars,
     peer_times,
-    plots,
     records,
-    report,
     static,
     summary,
     sweep,
@@ -86,7 +85,9 @@ def _parity(options: argparse.Namespace) -> int:
     console.print(summary.parity_table(done))
     for line in summary.parity_failures(done):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    _print_plots(plots.parity_plots(folder), path)
+    from harness import plots
+
+    _print_files(path, *plots.parity_plots(folder))
     return 1 if any(row.status not in ("ok", "unsupported") for row in done) else 0
 
 
@@ -145,13 +146,15 @@ def _sweep(options: argparse.Namespace) -> int:
     _finish(checked_path, ParityRow)
     _finish(path, SweepRow)
     records.pack_samples(folder)
+    from harness import plots, report
+
     measured = _load(path, SweepRow)
     baseline = report.baseline_of(folder, measured, options.baseline)
     rows = sweep.of_cells(measured, cells, settings.stamp.device)
     console.print(summary.sweep_table(rows, baseline))
     for line in summary.sweep_notes(rows):
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
-    _print_plots(plots.parity_plots(folder) + plots.sweep_plots(folder, baseline), path)
+    _print_files(path, *plots.parity_plots(folder), *plots.sweep_plots(folder, baseline))
     return 1 if any(row.status not in ("ok", "unsupported") for row in rows) else 0
 
 
@@ -167,7 +170,7 @@ def _peer_times(options: argparse.Namespace) -> int:
     path = folder / peer_times.FILE
     _finish(path, peer_times.PeerTime)
     console.print(peer_times.table(found))
-    _print_plots([], path)
+    _print_files(path)
     return 1 if any(row.untimed and not row.untimed.startswith("unsupported") for row in found) else 0
 
 
@@ -217,6 +220,12 @@ def _ceilings(
 
 def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(console)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from harness import report
+
+    return report.command(options.folders, options.baseline)
 
 
 def _proof(options: argparse.Namespace) -> int:
@@ -295,8 +304,8 @@ def _finish(path: Path, kind: type[Row]) -> None:
     records.rewrite(path, kind, latest)
 
 
-def _print_plots(paths: list[Path], table: Path) -> None:
-    for path in (table, *paths):
+def _print_files(*paths: Path) -> None:
+    for path in paths:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
 
 
@@ -376,5 +385,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_proof)
 
     static.add_parser(commands)
-    report.add_parser(commands)
+
+    command = commands.add_parser("report", help="render result folders to HTML pages")
+    command.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="default: every one in results/")
+    command.add_argument("--baseline", default="torch.eager", metavar="KEY", help="what speed-ups start relative to")
+    command.set_defaults(command=_report)
     return parser

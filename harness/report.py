@@ -6,9 +6,8 @@ own: the same folder gives the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ from harness.rows import ParityRow, Row, SweepRow, latest
 from implementations.registry import implementations, unknown
 
 NAME, BASELINE = "index.html", "torch.eager"
-
-
-def add_parser(commands: Any) -> None:
-    """Add `report` to the commands of `python -m harness`."""
-    command = commands.add_parser("report", help="render result folders to HTML pages")
-    command.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="default: every one in results/")
-    command.add_argument("--baseline", default=BASELINE, metavar="KEY", help="what speed-ups are relative to at first")
-    command.set_defaults(command=_report)
 
 
 def write(folder: str | Path, baseline: str = BASELINE) -> Path:
@@ -56,17 +47,22 @@ def baseline_of(folder: Path, rows: Iterable[SweepRow], wanted: str) -> str:
     return found
 
 
-def _report(options: argparse.Namespace) -> int:
-    folders = options.folders or _all_folders()
+def command(folders: Sequence[Path], wanted: str) -> int:
+    """Draw and render `folders`, or every one in `results/`, with speed-ups over `wanted` where it has times.
+
+    Raises:
+        ValueError: there is no such implementation, or a folder without results.
+    """
+    folders = folders or _all_folders()
     sweeps: list[list[SweepRow]] = []
     for folder in folders:
         _require_results(folder)
         sweeps.append(_rows(folder / "sweep.csv", SweepRow))
     known = dict.fromkeys([*implementations(), *(row.implementation for rows in sweeps for row in rows)])
-    if options.baseline not in known:
-        raise ValueError(unknown("baseline", options.baseline, known))
+    if wanted not in known:
+        raise ValueError(unknown("baseline", wanted, known))
     for folder, rows in zip(folders, sweeps, strict=True):
-        baseline = baseline_of(folder, rows, options.baseline)
+        baseline = baseline_of(folder, rows, wanted)
         if _rows(folder / "parity.csv", ParityRow):
             plots.parity_plots(folder)  # drawn again, so that they cannot be older than the rows
         if rows:
