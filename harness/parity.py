@@ -36,11 +36,13 @@ from spec.problem import Problem
 
 logger = logging.getLogger(__name__)
 
-# On a CPU the checks are tiny and compiling is most of the work: one thread each, and of XLA's ways the quick ones.
-# Kernels for a GPU run there in their language's simulator or interpreter.
+# On a CPU the checks are tiny and compiling is most of the work: one thread each, of XLA's ways the quick ones, and no
+# processes beside for Inductor. Kernels for a GPU run there in their language's simulator or interpreter.
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "NUMBA_ENABLE_CUDASIM": "1",
     "TRITON_INTERPRET": "1",
 }
