@@ -77,7 +77,7 @@ def test_groups_of_saved_states_change_little(changes):
 
 
 @emulated
-@pytest.mark.parametrize("changes", [{}, {"mini_batch": 64, "tokens": 128, "causal": False}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 32, "mini_batch": 64, "tokens": 128, "causal": False}], ids=str)
 def test_a_cluster_of_two_blocks_does_the_same(changes):
     case = replace(CASE, **changes)
     problem = case.problem("mlp", "bf16")
