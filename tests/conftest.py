@@ -1,14 +1,16 @@
-"""What several test files share: somebody else's package of implementations, and the command line in a process."""
+"""What several test files share: somebody else's package of implementations, and two ways to run a command."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from harness.command import main
 from harness.parity import CPU_ENVIRONMENT
 
 os.environ.setdefault("XLA_FLAGS", CPU_ENVIRONMENT["XLA_FLAGS"])  # before anybody imports JAX: twice as fast
@@ -68,6 +70,18 @@ def ours(tmp_path_factory) -> Path:
     for name in ("greedy", "hungry"):
         (folder / f"ours_{name}.py").write_text(PAGE % "take_it_all()")
     return folder
+
+
+@pytest.fixture
+def here(ours, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
+    """What runs a command in this process, which has imported what it needs: its exit code and what it said."""
+    monkeypatch.syspath_prepend(ours)
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        capsys.readouterr()
+        return main(list(map(str, arguments))), capsys.readouterr().out
+
+    return run
 
 
 def command(ours: Path, *arguments: str | Path) -> subprocess.Popen:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def interrupt_after_a_row(process: subprocess.Popen, path: Path) -> tuple[int, s
     return finish(process)
 
 
-def test_a_sweep_interrupted_resumed_and_repeated(ours, tmp_path):
+def test_a_sweep_interrupted_resumed_and_repeated(ours, here, tmp_path):
     path, grid = tmp_path / "sweep.csv", tmp_path / "tiny.toml"
     grid.write_text('[[block]]\ncases = ["size-d16"]\n')
     names = "torch.eager,ours.slow,ours.wrong"
@@ -139,20 +140,22 @@ def test_a_sweep_interrupted_resumed_and_repeated(ours, tmp_path):
     assert plots <= {each.name for each in tmp_path.iterdir()}
 
     before = [(tmp_path / name).read_bytes() for name in ("sweep.csv", "parity.csv")]
-    code, said = finish(command(ours, *arguments))
+    code, said = here(*arguments)
     assert code == 1 and "9 timings, 0 to do" in said, said
     assert [(tmp_path / name).read_bytes() for name in ("sweep.csv", "parity.csv")] == before
-    check_some_of_them_again(ours, tmp_path, grid, rows)
+    check_some_of_them_again(here, tmp_path, grid, rows)
 
 
-def check_some_of_them_again(ours: Path, folder: Path, grid: Path, rows: list[SweepRow]) -> None:
+def check_some_of_them_again(
+    here: Callable[..., tuple[int, str]], folder: Path, grid: Path, rows: list[SweepRow]
+) -> None:
     """What a command does not name is not judged, shown or forgotten; another seed is another check."""
     arguments = "sweep", "--grid", grid, *TINY, "--implementations", "torch.eager", "--results", folder
     arguments = *arguments, "--passes", "forward"
-    code, said = finish(command(ours, *arguments))
+    code, said = here(*arguments)
     assert code == 0 and "1 timings, 0 to do" in said and "wrong" not in said and "fwd+bwd" not in said, said
 
-    code, said = finish(command(ours, *arguments, "--fresh"))
+    code, said = here(*arguments, "--fresh")
     assert code == 0 and "1 timings, 1 to do" in said, said
     again = records.load(folder / "sweep.csv", SweepRow)
     (forgotten,) = (row for row in rows if (row.implementation, row.pass_) == ("torch.eager", "forward"))
@@ -160,11 +163,11 @@ def check_some_of_them_again(ours: Path, folder: Path, grid: Path, rows: list[Sw
     checked = records.load(folder / "parity.csv", ParityRow)
     assert [row.implementation for row in checked].count("ours.wrong") == 12
 
-    code, said = finish(command(ours, *arguments, "--seed", "1"))
+    code, said = here(*arguments, "--seed", "1")
     assert code == 0 and "1 timings, 1 to do" in said, said
     assert len(records.load(folder / "sweep.csv", SweepRow)) == len(rows)
     assert {row.seed for row in records.load(folder / "parity.csv", ParityRow)} == {0, 1}
-    code, said = finish(command(ours, *arguments, "--seed", "1"))
+    code, said = here(*arguments, "--seed", "1")
     assert code == 0 and "1 timings, 0 to do" in said, said
 
 

@@ -17,17 +17,29 @@ from tests.conftest import command, finish
 KILLS = 20
 
 
-@pytest.fixture
-def grid(tmp_path) -> Path:
-    path = tmp_path / "tiny.toml"
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("grid") / "tiny.toml"
     path.write_text('[[block]]\ncases = ["size-d16"]\ninner_models = ["linear"]\ndtypes = ["fp32"]\n')
     return path
 
 
-def sweep(ours: Path, grid: Path, folder: Path, *more: str):
+def arguments(grid: Path, folder: Path, *more: str) -> tuple[str | Path, ...]:
     names = "torch.eager,ours.slow,ours.wrong"
     chosen = ("--implementations", names) if "--implementations" not in more else ()
-    return command(ours, "sweep", "--device", "cpu", "--grid", grid, "--results", folder, *chosen, *more)
+    return "sweep", "--device", "cpu", "--grid", grid, "--results", folder, *chosen, *more
+
+
+def sweep(ours: Path, *given):
+    return command(ours, *arguments(*given))
+
+
+@pytest.fixture(scope="module")
+def calm(ours, grid, tmp_path_factory) -> dict[tuple, str]:
+    """The outcome of a sweep that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("calm")
+    assert finish(sweep(ours, grid, folder))[0] == 1  # ours.wrong is
+    return outcome(folder)
 
 
 def outcome(folder: Path) -> dict[tuple, str]:
@@ -54,8 +66,7 @@ def kill(process, path: Path, chance: random.Random) -> bool:
 
 
 @pytest.mark.timeout(600)
-def test_a_sweep_killed_at_random_ends_with_the_rows_of_one_never_killed(ours, grid, tmp_path):
-    assert finish(sweep(ours, grid, tmp_path / "calm"))[0] == 1  # ours.wrong is
+def test_a_sweep_killed_at_random_ends_with_the_rows_of_one_never_killed(ours, grid, calm, tmp_path):
     chance = random.Random(0)
     killed = kept = 0
     folder = tmp_path / "killed"
@@ -72,7 +83,7 @@ def test_a_sweep_killed_at_random_ends_with_the_rows_of_one_never_killed(ours, g
             kept = 0
     code, said = finish(sweep(ours, grid, folder))
     assert code == 1, said
-    assert outcome(folder) == outcome(tmp_path / "calm")
+    assert outcome(folder) == calm
     samples = records.samples(folder)
     timed = [row for row in records.load(folder / "sweep.csv", SweepRow) if row.status == "ok"]
     assert len(timed) == 6 and not (folder / "samples.csv").exists()
@@ -80,41 +91,41 @@ def test_a_sweep_killed_at_random_ends_with_the_rows_of_one_never_killed(ours, g
     assert all(of_rows[row.run_id, row.implementation, row.pass_] == row.samples for row in timed)
 
 
-def test_two_sweeps_at_once_on_one_folder(ours, grid, tmp_path):
+def test_two_sweeps_at_once_on_one_folder(ours, here, grid, calm, tmp_path):
     folder = tmp_path / "both"
     both = [sweep(ours, grid, folder) for _ in range(2)]
     for process in both:
         code, said = finish(process)
         assert code == 1 and "Traceback" not in said, said
-    assert finish(sweep(ours, grid, tmp_path / "one"))[0] == 1
-    assert outcome(folder) == outcome(tmp_path / "one")
-    code, said = finish(sweep(ours, grid, folder, "--status"))
+    assert outcome(folder) == calm
+    code, said = here(*arguments(grid, folder, "--status"))
     assert code == 0 and "9 timings, 0 to do" in said, said
 
 
-def test_a_crash_costs_its_own_rows_and_retry_failed_is_for_them(ours, grid, tmp_path):
+def test_a_crash_costs_its_own_rows_and_retry_failed_is_for_them(here, grid, tmp_path, capsys):
     names = "--implementations", "torch.eager,ours.crash"
-    code, said = finish(sweep(ours, grid, tmp_path / "r", *names))
+    code, said = here(*arguments(grid, tmp_path / "r", *names))
     rows = {(row.implementation, row.pass_): row for row in records.load(tmp_path / "r" / "sweep.csv", SweepRow)}
     assert code == 1 and len(rows) == 6, said
     assert all(row.status == "ok" for (name, _), row in rows.items() if name == "torch.eager")
     crashed = [row for (name, _), row in rows.items() if name == "ours.crash" and row.status == "crash"]
     assert crashed and all(row.reason.startswith("the process died with signal SIGABRT") for row in crashed)
 
-    code, said = finish(sweep(ours, grid, tmp_path / "r", *names))
+    code, said = here(*arguments(grid, tmp_path / "r", *names))
     assert "6 timings, 0 to do" in said, said
-    code, said = finish(sweep(ours, grid, tmp_path / "r", *names, "--retry", "failed", "--status"))
-    assert code == 2 and "not allowed with" in said
-    code, said = finish(sweep(ours, grid, tmp_path / "r", *names, "--retry", "failed"))
+    with pytest.raises(SystemExit, match="2"):
+        here(*arguments(grid, tmp_path / "r", *names, "--retry", "failed", "--status"))
+    assert "not allowed with" in capsys.readouterr().err
+    code, said = here(*arguments(grid, tmp_path / "r", *names, "--retry", "failed"))
     assert f"6 timings, {len(crashed)} to do" in said, said
 
 
-def test_what_runs_out_of_memory_is_measured_alone(ours, grid, tmp_path):
+def test_what_runs_out_of_memory_is_measured_alone(ours, here, grid, tmp_path):
     common = "--device", "cpu", "--grid", grid, "--results", tmp_path
-    for name in ("ours.greedy", "ours.hungry"):
+    for name in ("ours.greedy", "ours.hungry"):  # together one of them would find none
         assert finish(command(ours, "parity", *common, "--implementations", name))[0] == 0
-    names = "--implementations", "ours.greedy,ours.hungry"
-    code, said = finish(sweep(ours, grid, tmp_path, *names, "--processes", "2", "--passes", "forward"))
+    more = "--implementations", "ours.greedy,ours.hungry", "--processes", "2", "--passes", "forward"
+    code, said = here(*arguments(grid, tmp_path, *more))
     rows = records.load(tmp_path / "sweep.csv", SweepRow)
     assert code == 0 and [(row.status, row.processes) for row in rows] == [("ok", 2)] * 2, said
     assert set(records.samples(tmp_path)["process"]) == {0, 1}
