@@ -14,7 +14,7 @@ from harness import records
 from harness.rows import ParityRow, SampleRow, SweepRow, columns, key
 from tests.conftest import command, finish
 
-KILLS = 20
+KILLS, TIMINGS = 20, 9
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def outcome(folder: Path) -> dict[tuple, str]:
 def kill(process, path: Path, chance: random.Random) -> bool:
     """SIGKILL at a random moment, as often as not just while a row is written; False if it was done before that."""
     size = path.stat().st_size if path.exists() else 0
-    until = time.monotonic() + chance.uniform(0, 8)
+    until = time.monotonic() + chance.uniform(0, 5)
     on_growth = chance.random() < 0.5
     while process.poll() is None and time.monotonic() < until:
         if on_growth and path.exists() and path.stat().st_size != size:
@@ -71,13 +71,14 @@ def test_a_sweep_killed_at_random_ends_with_the_rows_of_one_never_killed(ours, g
     killed = kept = 0
     folder = tmp_path / "killed"
     while killed < KILLS:
+        complete = kept == TIMINGS
         file = folder / chance.choice(["sweep.csv", "sweep.csv", "parity.csv", "samples.csv"])
         killed += (alive := kill(sweep(ours, grid, folder), file, chance))
         if (folder / "sweep.csv").exists():
             now = len(records.load(folder / "sweep.csv", SweepRow))
             assert now >= kept  # what was finished stays
             kept = now
-        if not alive:  # it was faster than the executioner: again from the start
+        if not alive or complete:  # it was faster than the executioner, or had little to do: again from the start
             for path in folder.iterdir():
                 path.unlink()
             kept = 0
