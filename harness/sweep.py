@@ -1,6 +1,7 @@
 """Time implementations over a grid: parity first, the implementations of a cell in turns, every row on disk at once.
 
-Each implementation runs in processes of its own, two on a GPU. All of them get a pass ready; then blocks of calls are
+Each implementation runs in processes of its own, two on a GPU. All of them get a pass ready, what may tune itself by
+timing one after the other; then blocks of calls are
 timed in turn, one at a time on the device, so that a drift of its clock meets all alike. What runs out of device
 memory is tried again alone.
 
@@ -300,7 +301,9 @@ class Bench:
         turns = list(itertools.product(range(self._protocol.processes), subjects))
         at_once = min(len(turns), *(parity.DEVICE_BYTES // working_bytes(s.cell.problem) for s in subjects), 64)
         with ThreadPoolExecutor(max(at_once, 1)) as pool:
-            list(pool.map(lambda turn: turn[1].place(turn[0], pass_), turns))
+            list(pool.map(lambda turn: turn[1].place(turn[0], pass_), (t for t in turns if not _may_tune(t))))
+        for process, subject in filter(_may_tune, turns):  # with nothing beside it
+            subject.place(process, pass_)
         marks.append(time.monotonic())
         for process, subject in turns:
             subject.get_ready(process, pass_)
@@ -334,6 +337,10 @@ class Bench:
 
     def _share_memory(self) -> bool:
         return sum(worker.running for worker in itertools.chain(*self._workers.values())) > 1
+
+
+def _may_tune(turn: tuple[int, Timed]) -> bool:
+    return turn[1].cell.entry.may_tune
 
 
 def _block(subject: Timed, process: int, round_: int, pass_: Pass, cache: Cache) -> None:

@@ -93,6 +93,11 @@ class Implementation:
             return reason
         return None if device in self.timed_on else f"runs on a {device} in a simulator, which is not timed"
 
+    @property
+    def may_tune(self) -> bool:
+        """Whether its first calls may choose by timing, as `triton.autotune` does: all that is not of this lab."""
+        return bool(self.tested) or not all(page.startswith("implementations.") for page in self.pages.values())
+
     def versions(self) -> str:
         """The installed versions of the `tested` packages, as `name==version` separated by spaces."""
         found = ((name, _version(name), expected) for name, expected in self.tested.items())
@@ -223,6 +228,10 @@ def _add_sources(name: str, files: set[Path]) -> None:
 
 
 def _find_spec(name: str) -> ModuleSpec | None:
+    """Of a module, if it is one: a name in a module is not looked for, which would import that one, and PyTorch."""
+    parent = importlib.util.find_spec(name.rpartition(".")[0]) if "." in name else None
+    if parent and parent.submodule_search_locations is None:
+        return None
     main = sys.modules["__main__"]
     if name != "__main__" or main.__spec__ is not None:
         return importlib.util.find_spec(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 import types
 from dataclasses import replace
@@ -11,13 +12,14 @@ from typing import ClassVar
 
 import pytest
 
-from harness import ceilings, device_clock, gpu_state, jobs, sweep
+from harness import ceilings, device_clock, environment, gpu_state, grid, jobs, sweep
 from harness.device_clock import CuptiClock, HostClock, Times, open_clock
 from harness.frameworks import Unsupported, open_framework
+from harness.parity import Settings
 from harness.rows import SampleRow
 from harness.timing import Block, Ready, Stand, Subject
 from harness.worker import Failure
-from implementations.registry import implementations
+from implementations.registry import Implementation, implementations
 from spec.cases import CASES, draw
 from spec.cost import bytes_min, flops
 from tests.test_records import sweep_row
@@ -317,6 +319,36 @@ def test_blocks_are_short_and_of_few_launches(call_ms, launches, calls, rounds):
         sweep._block(subject, 0, round_, "forward", "cold")
     assert set(subject.asked) == {calls}
     assert len(subject.asked) == rounds
+
+
+def test_what_may_tune_itself_gets_ready_with_nothing_beside_it():
+    ours = Implementation("torch.ours", "torch", {"linear": "implementations.torch.ttt_linear"})
+    theirs = Implementation("mine.fast", "torch", {"linear": "my_package.ttt_linear"})
+    at_work, seen = [], []
+    together = threading.Barrier(4)
+
+    class Recorder(Cell):
+        def place(self, process, pass_):
+            at_work.append(self.cell.entry.key)
+            if self.cell.entry is ours:
+                together.wait(10)
+            seen.append(sorted(at_work))
+            time.sleep(0.01)
+            at_work.remove(self.cell.entry.key)
+
+        def get_ready(self, *arguments):
+            self.failure = Failure("error", "not timed here")
+
+        def call(self, *arguments):
+            pass
+
+    subjects = [Recorder([]) for _ in range(4)]
+    for subject, entry in zip(subjects, (ours, theirs, ours, theirs), strict=True):
+        subject.cell = grid.Cell(entry, CASE, PROBLEM, ("forward",))
+    bench = sweep.Bench(sweep.Protocol(2, ("warm",)), Settings(environment.stamp("cpu", "test")))
+    bench._take_turns(subjects, "forward")
+    bench.close()
+    assert [keys for keys in seen if "mine.fast" in keys] == [["mine.fast"]] * 4
 
 
 def test_a_failure_has_no_time():
