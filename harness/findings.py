@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,8 @@ def render(findings: Sequence[Finding], measured: Mapping[str, Any]) -> str:
         parts.append(f"## {project}")
         for finding in (f for f in findings if f.project == project):
             parts += _section(finding, measured.get(finding.name))
+    helpers: list[Callable[..., Any]] = [findings_runs.worst, findings_runs._error, findings_runs._fla_inputs]
+    parts += ["## What that code calls", *map(_source, helpers)]
     parts += ["## Read, and not run through this lab", NOT_RUN]
     return "\n\n".join(parts) + "\n"
 
@@ -132,8 +134,12 @@ def _section(finding: Finding, entry: Mapping[str, Any] | None) -> list[str]:
         where = "an H100" if finding.needs == "h100" else "nothing special"
         parts.append(f"Not measured yet: it needs {where}.")
     parts.append(f"To reproduce: `python -m harness findings {finding.name}`, which calls")
-    parts.append(f"```python\n{inspect.getsource(findings_runs.RUNS[finding.name]).rstrip()}\n```")
+    parts.append(_source(findings_runs.RUNS[finding.name]))
     return parts
+
+
+def _source(function: Callable[..., Any]) -> str:
+    return f"```python\n{inspect.getsource(function).rstrip()}\n```"
 
 
 def _text(value: Any) -> str:

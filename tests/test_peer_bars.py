@@ -31,6 +31,13 @@ def test_the_yardstick_passes_their_bar_and_ours():
     assert verdicts("torch.eager", SMALL, "cpu") == ([], "")
 
 
+def test_the_case_of_ttt_tk_has_our_rule_alone(monkeypatch):
+    small = replace(TK_CASE, tokens=128, heads=1)
+    monkeypatch.setattr("harness.peer_bars.TK_CASE", small)
+    assert verdicts("torch.autograd", small, "cpu") == ([], "")
+    assert verdicts("cuda.cupy_linear_split", small, "cpu") == ([], "unsupported: has no mlp inner model")
+
+
 def test_what_is_wrong_by_one_percent_fails_theirs_too():
     rows = bench.check((toy.wrong_forward, toy.backward), SMALL, dtype="fp16", device="cpu")
     lines = over_the_bar(rows)
