@@ -1,9 +1,8 @@
 """Time implementations over a grid: parity first, the implementations of a cell in turns, every row on disk at once.
 
 Each implementation runs in processes of its own, two on a GPU. All of them get a pass ready, what may tune itself by
-timing one after the other; then blocks of calls are
-timed in turn, one at a time on the device, so that a drift of its clock meets all alike. What runs out of device
-memory is tried again alone.
+timing one after the other; then blocks of calls are timed in turn, one at a time on the device, so that a drift of its
+clock meets all alike. What runs out of device memory is tried again alone.
 
 A cell whose implementation, spec, package versions and GPU are those of a row that is there already, and that was
 checked with this seed, is not measured again: the same command resumes. Times do not depend on the numbers, so
