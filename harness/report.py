@@ -14,11 +14,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from harness import environment, plots, records
+from harness import environment, peer_times, plots, records
 from harness import report_view as view
 from harness.figures import pictures
 from harness.leaderboard import leaderboard
 from harness.parity_view import matrices, worst_first
+from harness.peer_times import PeerTime
 from harness.rows import ParityRow, Row, SweepRow, latest
 from implementations.registry import implementations, unknown
 
@@ -128,6 +129,7 @@ def _render(folder: Path, baseline: str) -> str:
         baseline=baseline,
         timers=[(name, view.TIMERS.get(name, "")) for name in sorted({row.timer for row in sweep if row.timer})],
         axes=view.sweep_axes(cells),
+        peers=view.peers(_rows(folder / peer_times.FILE, PeerTime)),
         matrices=matrices(folder) if parity else [],
         parity_axes=view.parity_axes(parity),
         pictures=pictures(folder),

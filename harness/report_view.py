@@ -11,6 +11,7 @@ from matplotlib.ticker import EngFormatter
 
 from harness.leaderboard import PRECISIONS, Cell, precision
 from harness.parity_view import precisions
+from harness.peer_times import PeerTime
 from harness.rows import ParityRow, SweepRow
 from spec.problem import PASSES
 
@@ -198,6 +199,21 @@ def failure(row: AnyRow) -> dict[str, str]:
         "where": f"{row.pass_}, {row.cache}" if isinstance(row, SweepRow) else row.tensor,
         "reason": row.reason,
     }
+
+
+def peers(rows: Iterable[PeerTime]) -> list[tuple[PeerTime, float | None]]:
+    """Every time of `peer_times.csv`, by case, pass and cache, and how many times the fastest right one's it is."""
+
+    def cell(row: PeerTime) -> tuple[Any, ...]:
+        return row.case, row.inner_model, row.dtype, PASSES.index(row.pass_), row.cache
+
+    timed = [(cell(row), row.device_ms, row) for row in rows if row.device_ms is not None]
+    fastest: dict[tuple[Any, ...], float] = {}
+    for key, ms, row in timed:
+        if row.verdict == "ok":
+            fastest[key] = min(ms, fastest.get(key, math.inf))
+    timed.sort(key=lambda one: one[:2])
+    return [(row, ms / fastest[key] if key in fastest else None) for key, ms, row in timed]
 
 
 def unsupported(rows: Iterable[AnyRow]) -> list[tuple[str, str, int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import html5lib
@@ -17,6 +17,7 @@ from harness.command import main
 from harness.figures import caption
 from harness.leaderboard import leaderboard
 from harness.parity_view import matrices
+from harness.peer_times import PeerTime
 from harness.report_view import command_line, kernels, number
 from harness.rows import SweepRow, columns, latest
 from tests.report_folder import REASON, fill
@@ -219,6 +220,32 @@ def test_the_command_draws_and_writes(folder, tmp_path, capsys):
     assert len(page.findall(".//figure")) == len(list(target.glob("*.png"))) == 10
     assert (target / "index.html").stat().st_size < 3_000_000
     assert [row[4] for row in board(page)[:4]] == ["4.00×", "1.00×", "0.200×", "0.0500×"]
+
+
+def test_peers_have_their_time_and_verdict_and_how_far_they_are_from_the_fastest_right_one(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "p")
+    page = report.write(tmp_path / "p")
+    assert 'id="peers"' not in page.read_text()
+    names = {each.name for each in fields(PeerTime)}
+    common = {name: value for name, value in asdict(sweep_row()).items() if name in names}
+    wrong = {"verdict": "wrong", "reason": REASON, "error_ratio": 5.85}
+    rows = [
+        PeerTime(**common | wrong | {"implementation": "peer.fla_chunk", "device_ms": 0.42}),
+        PeerTime(**common | wrong | {"implementation": "peer.fla_fused_chunk", "device_ms": 0.40}),
+        PeerTime(**common | {"implementation": "cuda.cupy", "device_ms": 0.1, "verdict": "ok", "error_ratio": 0.9}),
+        PeerTime(**common | wrong | {"implementation": "peer.ttt_tk", "pass_": "forward_backward", "device_ms": 9.0}),
+        PeerTime(**common | wrong | {"implementation": "peer.none", "device_ms": None, "untimed": "oom: no memory"}),
+    ]
+    records.append(tmp_path / "p" / "peer_times.csv", rows)
+    found = tree(report.write(tmp_path / "p")).find(".//section[@id='peers']")
+    lines = [["".join(cell.itertext()) for cell in line] for line in found.iterfind(".//tbody/tr")]
+    assert [line[3:6] for line in lines] == [
+        ["cuda.cupy", "0.100", "1.00×"],
+        ["peer.fla_fused_chunk", "0.400", "4.00×"],
+        ["peer.fla_chunk", "0.420", "4.20×"],
+        ["peer.ttt_tk", "9.00", "–"],
+    ]
+    assert [line[7] for line in lines] == ["ok", "wrong", "wrong", "wrong"] and lines[1][10] == REASON
 
 
 def test_a_baseline_without_a_time_is_replaced_by_the_same_one_on_page_and_plots(folder, tmp_path, capsys, monkeypatch):
