@@ -41,6 +41,7 @@ worker.serve(connection)
 """
 _importing_script = False  # in a child, for functions that are in it
 
+
 class Failure(Exception):
     """A call that gave no result: `status` as in a result row, and the reason in one line."""
 
