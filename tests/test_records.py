@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -156,6 +157,17 @@ def test_malformed_line_in_the_middle_has_file_and_line(tmp_path):
         file.write(line.replace(",64,", ",sixty,", 1) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=r"parity.csv:3: tokens: expected int, got 'sixty'"):
         records.load(path, ParityRow)
+
+
+def test_who_writes_in_a_folder_has_it_to_himself(tmp_path):
+    path = tmp_path / "sweep.csv"
+    another = threading.Thread(target=records.append, args=(path, [sweep_row()]))
+    with records._locked(path):
+        another.start()
+        another.join(0.3)
+        assert another.is_alive() and not path.exists()
+    another.join(10)
+    assert len(records.load(path, SweepRow)) == 1
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "no newline, not ours"])
