@@ -219,7 +219,10 @@ class _Runner:
 
     def _stop(self) -> None:
         """End all processes, and let go of every thread that waits for something."""
-        for lane in self._lanes.values():
+        lanes = list(self._lanes.values())
+        for lane in lanes:
+            lane.kill()
+        for lane in lanes:
             lane.close()
 
 
@@ -279,9 +282,15 @@ class _Lane:
         for worker in self._workers:
             worker.stop()
 
+    def kill(self) -> None:
+        """Begin to end the processes, whatever they are doing."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.kill()
+
     def close(self) -> None:
         """End the processes, whatever they are doing."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.kill()
         for worker in self._workers:
             worker.close()
 

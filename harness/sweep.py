@@ -242,7 +242,10 @@ class Bench:
     def close(self) -> None:
         """End the processes."""
         self._drawing.shutdown(cancel_futures=True)
-        for worker in itertools.chain(*self._workers.values()):
+        workers = list(itertools.chain(*self._workers.values()))
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
             worker.close()
         self._folder.cleanup()
 

@@ -114,6 +114,11 @@ class Worker:
         """Whether there is a process, and memory that it may hold."""
         return self._process is not None
 
+    def kill(self) -> None:
+        """Have the process end, and do not wait for that: a driver takes its time to give back what it held."""
+        if (process := self._process) is not None:
+            process.kill()
+
     def close(self) -> None:
         """End the process, whatever it is doing, for good."""
         self._stopped = True
