@@ -13,7 +13,7 @@ import torch
 from harness import environment, jobs, parity, sweep
 from harness.check import TensorCheck
 from harness.frameworks import open_framework
-from harness.grid import Cell
+from harness.grid import Cell, load
 from harness.parity import Settings
 from harness.worker import Failure, Unguarded
 from implementations.registry import implementations
@@ -75,6 +75,9 @@ class Calls:
     def stop(self):
         self.stopped += 1
 
+    def kill(self):
+        pass
+
     def close(self):
         pass
 
@@ -131,6 +134,25 @@ def test_what_takes_more_of_the_memory_has_less_beside_it():
         for thread in threads:
             thread.join()
         assert most == at_once and now == 0
+
+
+def test_a_run_that_is_left_kills_all_its_processes_before_it_waits_for_one(monkeypatch):
+    ends = []
+
+    class Ended(Calls):
+        def kill(self):
+            ends.append(("kill", self))
+
+        def close(self):
+            ends.append(("close", self))
+
+    monkeypatch.setattr(parity, "Worker", lambda *arguments: Ended(0.01))
+    cells = load("parity", {"cases": ["size-d16"], "implementations": ["torch", "jax"]})
+    running = parity.run(parity.with_yardstick(cells), Settings(environment.stamp("cpu", "test")))
+    next(running)
+    running.close()
+    first = next(number for number, (what, _) in enumerate(ends) if what == "close")
+    assert {worker for _, worker in ends[:first]} == {worker for what, worker in ends if what == "close"}
 
 
 def test_out_of_memory_is_tried_again_alone_on_a_gpu_only(monkeypatch):
