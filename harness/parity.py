@@ -29,7 +29,7 @@ from harness.check import TensorCheck
 from harness.environment import Stamp
 from harness.grid import Cell
 from harness.rows import ParityRow
-from harness.worker import Failure, Unguarded, Worker
+from harness.worker import Failure, Unguarded, Worker, stop_all
 from implementations.registry import Implementation, implementations
 from spec.cost import affordable_form, working_bytes
 from spec.problem import Problem
@@ -202,8 +202,7 @@ class _Runner:
 
     def _end_processes(self) -> None:
         """Give back what idle processes hold of the device's memory; the next call of each starts another."""
-        for lane in list(self._lanes.values()):
-            lane.stop()
+        stop_all(worker for lane in list(self._lanes.values()) for worker in lane.workers)
 
     def _submit(self, entry: Implementation | None, function: Any, *arguments: Any) -> Future:
         """Call in a process of the implementation, or of the oracle."""
@@ -219,11 +218,12 @@ class _Runner:
 
     def _stop(self) -> None:
         """End all processes, and let go of every thread that waits for something."""
-        lanes = list(self._lanes.values())
-        for lane in lanes:
-            lane.kill()
-        for lane in lanes:
-            lane.close()
+        for lane in self._lanes.values():
+            lane.cancel()
+        workers = [worker for lane in self._lanes.values() for worker in lane.workers]
+        stop_all(workers)
+        for worker in workers:
+            worker.close()
 
 
 class _Room:
@@ -253,7 +253,7 @@ class _Lane:
 
     def __init__(self, workers: list[Worker], warm_up: Callable[[], None] | None):
         """`warm_up` is called in the first process at once: it has started when the first truth is there."""
-        self._workers, self._threads = workers, ThreadPoolExecutor(len(workers))
+        self.workers, self._threads = workers, ThreadPoolExecutor(len(workers))
         self._idle = queue.LifoQueue[Worker]()  # a process that has started is taken before one that has not
         for worker in workers[1:] if warm_up else workers:
             self._idle.put(worker)
@@ -277,22 +277,9 @@ class _Lane:
 
         return self._threads.submit(call)
 
-    def stop(self) -> None:
-        """End the processes until their next call."""
-        for worker in self._workers:
-            worker.stop()
-
-    def kill(self) -> None:
-        """Begin to end the processes, whatever they are doing."""
+    def cancel(self) -> None:
+        """Begin no more of its calls."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers:
-            worker.kill()
-
-    def close(self) -> None:
-        """End the processes, whatever they are doing."""
-        self.kill()
-        for worker in self._workers:
-            worker.close()
 
 
 def compiler_caches(folder: Path) -> dict[str, str]:

@@ -34,7 +34,7 @@ from harness.grid import Cell
 from harness.parity import Settings, cell_columns, compiler_caches, versions
 from harness.rows import ParityRow, Row, SampleRow, SweepRow
 from harness.timing import Block, Cache, Ready, Subject, percentiles
-from harness.worker import Failure, Worker
+from harness.worker import Failure, Worker, stop_all
 from implementations.registry import Device
 from spec.cost import bytes_min, flops, working_bytes
 from spec.problem import PASSES, Pass
@@ -242,10 +242,8 @@ class Bench:
     def close(self) -> None:
         """End the processes."""
         self._drawing.shutdown(cancel_futures=True)
-        workers = list(itertools.chain(*self._workers.values()))
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
+        stop_all(itertools.chain(*self._workers.values()))
+        for worker in itertools.chain(*self._workers.values()):
             worker.close()
         self._folder.cleanup()
 
@@ -326,8 +324,7 @@ class Bench:
     def _alone(self, cell: Cell, pass_: Pass) -> Timed:
         """The pass of this cell with nothing else on the device, one process after the other."""
         logger.debug("%s %s: out of memory beside the others, and so again alone", cell.entry.key, pass_)
-        for worker in itertools.chain(*self._workers.values()):
-            worker.stop()
+        stop_all(itertools.chain(*self._workers.values()))
         subject = self._subject(cell)
         for process in range(self._protocol.processes):
             subject.get_ready(process, pass_)

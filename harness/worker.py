@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from multiprocessing import spawn
 from multiprocessing.connection import Connection
@@ -115,7 +115,7 @@ class Worker:
         return self._process is not None
 
     def kill(self) -> None:
-        """Have the process end, and do not wait for that: a driver takes its time to give back what it held."""
+        """Begin to end the process; `stop` waits for its end."""
         if (process := self._process) is not None:
             process.kill()
 
@@ -156,6 +156,15 @@ class Worker:
         except OSError:  # closed meanwhile, by another thread
             return ""
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def stop_all(workers: Iterable[Worker]) -> None:
+    """End their processes, all at once: each driver takes its time to give back what its process held."""
+    workers = list(workers)
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.stop()
 
 
 def _end(process: subprocess.Popen) -> str:

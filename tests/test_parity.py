@@ -13,7 +13,7 @@ import torch
 from harness import environment, jobs, parity, sweep
 from harness.check import TensorCheck
 from harness.frameworks import open_framework
-from harness.grid import Cell, load
+from harness.grid import Cell
 from harness.parity import Settings
 from harness.worker import Failure, Unguarded
 from implementations.registry import implementations
@@ -72,11 +72,11 @@ class Calls:
             raise self.fails.pop()
         return None if function is jobs.save_truth else [TensorCheck("out", 0.0, 0.0, (0,), 1.0)]
 
-    def stop(self):
-        self.stopped += 1
-
     def kill(self):
         pass
+
+    def stop(self):
+        self.stopped += 1
 
     def close(self):
         pass
@@ -136,25 +136,6 @@ def test_what_takes_more_of_the_memory_has_less_beside_it():
         assert most == at_once and now == 0
 
 
-def test_a_run_that_is_left_kills_all_its_processes_before_it_waits_for_one(monkeypatch):
-    ends = []
-
-    class Ended(Calls):
-        def kill(self):
-            ends.append(("kill", self))
-
-        def close(self):
-            ends.append(("close", self))
-
-    monkeypatch.setattr(parity, "Worker", lambda *arguments: Ended(0.01))
-    cells = load("parity", {"cases": ["size-d16"], "implementations": ["torch", "jax"]})
-    running = parity.run(parity.with_yardstick(cells), Settings(environment.stamp("cpu", "test")))
-    next(running)
-    running.close()
-    first = next(number for number, (what, _) in enumerate(ends) if what == "close")
-    assert {worker for _, worker in ends[:first]} == {worker for what, worker in ends if what == "close"}
-
-
 def test_out_of_memory_is_tried_again_alone_on_a_gpu_only(monkeypatch):
     for device, tried in (("cpu", 1), ("cuda", 2)):
         stamp = environment.Stamp("run", device, "", "", "", "", "", "")
@@ -174,7 +155,7 @@ def test_a_script_that_cannot_be_imported_is_said_by_the_check_not_by_the_warm_u
     try:
         assert lane.submit(lambda _: "checked").result(10) == "checked"
     finally:
-        lane.close()
+        lane.cancel()
 
 
 def test_the_memory_that_a_check_takes_is_known_roughly():

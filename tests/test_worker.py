@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from harness.frameworks import Unsupported
-from harness.worker import Failure, Worker, classify
+from harness.worker import Failure, Worker, classify, stop_all
 from tests.conftest import ROOT
 
 # As the environment was while this module was imported: in the child, that is before the first call.
@@ -242,3 +242,22 @@ def test_a_child_does_not_outlive_its_parent_whatever_it_is_doing():
             return
         time.sleep(0.1)
     raise AssertionError(f"{pid} lives on")
+
+
+def test_all_are_told_to_end_before_one_is_waited_for(monkeypatch):
+    ends = []
+    monkeypatch.setattr(Worker, "kill", lambda self: ends.append(("kill", self)))
+    monkeypatch.setattr(Worker, "stop", lambda self: ends.append(("stop", self)))
+    workers = Worker(), Worker()
+    stop_all(iter(workers))
+    assert ends == [("kill", workers[0]), ("kill", workers[1]), ("stop", workers[0]), ("stop", workers[1])]
+
+
+def test_what_was_told_to_end_starts_again_when_it_is_called():
+    worker = Worker()
+    try:
+        first = worker.call(process, timeout=TIMEOUT)
+        stop_all([worker])
+        assert not worker.running and worker.call(process, timeout=TIMEOUT) != first
+    finally:
+        worker.close()
