@@ -23,6 +23,7 @@ Rows are dataclasses: `pandas.DataFrame(rows)` is a table of them.
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -202,7 +203,8 @@ def _refuse_what_no_process_can_import(entry: Implementation) -> None:
         pickle.dumps(entry)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(f"{entry.key}: {advice}, got {error}") from None
-    if not hasattr(sys.modules["__main__"], "__file__") and "__main__" in entry.pages.values():
+    script = getattr(sys.modules["__main__"], "__file__", None)  # from standard input it is <stdin>
+    if "__main__" in entry.pages.values() and not (script and os.path.isfile(script)):
         raise ValueError(f"{entry.key}: {advice}, got functions of a notebook or an interactive session")
 
 

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
             entry, options.case, beside=options.beside, passes=options.passes, **arguments
         )
     console.print(summary.parity_table(checked))
-    for line in summary.parity_failures(checked):
+    for line in summary.failures(checked):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if timed:
         console.print(summary.sweep_table(timed, next(iter(options.beside), entry.key)))

@@ -83,12 +83,14 @@ def _parity(options: argparse.Namespace) -> int:
     if options.missing:
         done = sweep.of_cells(_load(path, ParityRow), cells, settings.stamp.device)
     console.print(summary.parity_table(done))
-    for line in summary.parity_failures(done):
+    idle = summary.unchecked(done, [cell.entry.key for cell in cells] if options.implementations else [])
+    for line in (*summary.failures(done), *idle):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     from harness import plots
 
     _print_files(path, *plots.parity_plots(folder))
-    return 1 if any(row.status not in ("ok", "unsupported") for row in done) else 0
+    nothing = len(idle) == len({cell.entry.key for cell in cells})
+    return 1 if nothing or any(row.status not in ("ok", "unsupported") for row in done) else 0
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -152,6 +154,8 @@ def _sweep(options: argparse.Namespace) -> int:
     baseline = report.baseline_of(folder, measured, options.baseline)
     rows = sweep.of_cells(measured, cells, settings.stamp.device)
     console.print(summary.sweep_table(rows, baseline))
+    for line in summary.failures(rows):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in summary.sweep_notes(rows):
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     _print_files(path, *plots.parity_plots(folder), *plots.sweep_plots(folder, baseline))
@@ -388,6 +392,6 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("report", help="render result folders to HTML pages")
     command.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="default: every one in results/")
-    command.add_argument("--baseline", default="torch.eager", metavar="KEY", help="what speed-ups start relative to")
+    command.add_argument("--baseline", metavar="KEY", help="what speed-ups start relative to; default: the sweep's")
     command.set_defaults(command=_report)
     return parser

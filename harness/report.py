@@ -48,8 +48,10 @@ def baseline_of(folder: Path, rows: Iterable[SweepRow], wanted: str) -> str:
     return found
 
 
-def command(folders: Sequence[Path], wanted: str) -> int:
+def command(folders: Sequence[Path], wanted: str | None) -> int:
     """Draw and render `folders`, or every one in `results/`, with speed-ups over `wanted` where it has times.
+
+    None takes what the folder's last sweep was told.
 
     Raises:
         ValueError: there is no such implementation, or a folder without results.
@@ -60,10 +62,11 @@ def command(folders: Sequence[Path], wanted: str) -> int:
         _require_results(folder)
         sweeps.append(_rows(folder / "sweep.csv", SweepRow))
     known = dict.fromkeys([*implementations(), *(row.implementation for rows in sweeps for row in rows)])
-    if wanted not in known:
+    if wanted and wanted not in known:
         raise ValueError(unknown("baseline", wanted, known))
     for folder, rows in zip(folders, sweeps, strict=True):
-        baseline = baseline_of(folder, rows, wanted)
+        told = _json(folder / "environment.json").get("arguments", {}).get("baseline")
+        baseline = baseline_of(folder, rows, wanted or told or BASELINE)
         if _rows(folder / "parity.csv", ParityRow):
             plots.parity_plots(folder)  # drawn again, so that they cannot be older than the rows
         if rows:

@@ -102,7 +102,9 @@ def judge(check: TensorCheck, yardstick: Measured | None, case: Case, problem: P
     )
     first = _first_diverging(check, allowed)
     if first is not None:
-        reason += f", diverges in mini-batch {first} of {problem.mini_batches}"
+        last = problem.mini_batches - 1
+        order = f"{last} to 0" if check.tensor.startswith("d_") else f"0 to {last}"
+        reason += f", diverges in mini-batch {first} of {order}"
     return Verdict(ratio, reason, first)
 
 

@@ -37,9 +37,9 @@ def parity_table(rows: Iterable[ParityRow]) -> Table:
     return table
 
 
-def parity_failures(rows: Iterable[ParityRow], limit: int = 20) -> Iterator[str]:
-    """One line for each cell that failed, the worst tensor of each, the worst cells first."""
-    cells: dict[tuple[str, ...], list[ParityRow]] = {}
+def failures(rows: Iterable[ParityRow | SweepRow], limit: int = 20) -> Iterator[str]:
+    """One line for each cell that failed, the worst tensor or pass of each, the worst cells first."""
+    cells: dict[tuple[str, ...], list[ParityRow | SweepRow]] = {}
     for row in rows:
         if row.status not in ("ok", "unsupported"):
             cell = row.implementation, row.inner_model, row.case, row.dtype, row.matmul_precision
@@ -48,7 +48,19 @@ def parity_failures(rows: Iterable[ParityRow], limit: int = 20) -> Iterator[str]
     for row in sorted(worst, key=_severity, reverse=True)[:limit]:
         yield f"{row.status}: {row.implementation} {row.inner_model} {row.case} {row.dtype}: {row.reason}"
     if len(worst) > limit:
-        yield f"... and {len(worst) - limit} more cells; parity.csv has them all"
+        yield f"... and {len(worst) - limit} more cells"
+
+
+def unchecked(rows: Iterable[ParityRow], names: Iterable[str]) -> list[str]:
+    """A line for each of these implementations of which no problem could be checked, and why."""
+    of: dict[str, list[ParityRow]] = {}
+    for row in rows:
+        of.setdefault(row.implementation, []).append(row)
+    return [
+        f"nothing was checked of {name}: {', '.join(dict.fromkeys(row.reason for row in of[name]))}"
+        for name in dict.fromkeys(names)
+        if name in of and all(row.status == "unsupported" for row in of[name])
+    ]
 
 
 def sweep_table(rows: Iterable[SweepRow], baseline: str) -> Table:
@@ -168,7 +180,7 @@ def _parity_cell(rows: list[ParityRow]) -> RenderableType:
     )
 
 
-def _severity(row: ParityRow) -> float:
+def _severity(row: ParityRow | SweepRow) -> float:
     """For ordering: no number and NaN are as bad as it gets."""
     if row.error_ratio is None:
         return 0.0 if row.status == "unsupported" else math.inf

@@ -163,7 +163,7 @@ def select(names: Iterable[str] | None) -> list[Implementation]:
     for name in names:
         matches = {key: entry for key, entry in found.items() if name in (key, key.partition(".")[0])}
         if not matches:
-            raise ValueError(unknown("implementation", name, found))
+            raise ValueError("; ".join([unknown("implementation", name, found), *_not_loaded(found.values())]))
         chosen |= matches
     return list(chosen.values())
 
@@ -242,6 +242,11 @@ def _find_spec(name: str) -> ModuleSpec | None:
 def _built_in() -> Iterable[Implementation]:
     for folder in ("torch", "jax", "triton", "cuda", "peers"):
         yield from importlib.import_module(f"implementations.{folder}").ENTRIES
+
+
+def _not_loaded(entries: Iterable[Implementation]) -> Iterable[str]:
+    any_problem = Problem("linear", 1, 16, 1, 16, 16)
+    return (str(entry.supports(any_problem)) for entry in entries if not any(entry.pages.values()))
 
 
 def _because(reason: str) -> Callable[[Problem], str]:

@@ -40,6 +40,14 @@ def test_parity_of_what_is_right_and_of_what_is_not_there(tmp_path, capsys):
     assert "has no" in said and "28/28" in said
 
 
+def test_parity_that_checks_nothing_of_what_it_was_asked_for_fails_and_says_why(tmp_path, capsys):
+    arguments = ["parity", *TINY, "--results", str(tmp_path), "--implementations"]
+    assert main([*arguments, "peer.ttt_tk"]) == 1
+    assert "nothing was checked of peer.ttt_tk: has no linear inner model" in capsys.readouterr().out
+    assert main([*arguments, "peer.ttt_tk,torch.eager"]) == 0
+    assert "nothing was checked of peer.ttt_tk" in capsys.readouterr().out
+
+
 def test_parity_of_what_is_missing_leaves_out_what_has_rows(tmp_path, monkeypatch, capsys):
     arguments = ["parity", *TINY, "--results", str(tmp_path), "--missing"]
     groups, run = [], parity.run
@@ -58,7 +66,7 @@ def test_parity_of_what_is_wrong_says_where(ours, tmp_path):
     failures = [line for line in said.splitlines() if line.startswith("wrong: ")]
     assert len(failures) == 1, said
     assert failures[0].startswith("wrong: ours.wrong linear size-d16 fp32: out: max error ")
-    assert failures[0].endswith("worst at (1, 40, 1, 3), diverges in mini-batch 2 of 4")
+    assert failures[0].endswith("worst at (1, 40, 1, 3), diverges in mini-batch 2 of 0 to 3")
     rows = [row for row in records.load(tmp_path / "parity.csv", ParityRow) if row.implementation == "ours.wrong"]
     assert {row.tensor: row.status for row in rows if row.status != "ok"} == {"out": "wrong"} and len(rows) == 12
     wrong = next(row for row in rows if row.tensor == "out")
@@ -132,6 +140,7 @@ def test_a_sweep_interrupted_resumed_and_repeated(ours, here, tmp_path):
     assert 1 <= len(kept) < 9
 
     code, said = finish(command(ours, *arguments))
+    assert "wrong: ours.wrong linear size-d16 fp32: out: max error " in said, said
     rows = records.load(path, SweepRow)
     assert code == 1 and f"9 timings, {9 - len(kept)} to do" in said, said
     assert all(row in rows for row in kept) and len(rows) == 9
@@ -179,7 +188,7 @@ def check_sweep(rows: list[SweepRow]) -> None:
     for row in rows:
         if row.implementation == "ours.wrong":
             assert row.status == "wrong" and row.device_ms is None and row.host_ms is None and row.error_ratio > 1
-            assert row.reason.startswith("out: max error ") and "mini-batch 2 of 4" in row.reason
+            assert row.reason.startswith("out: max error ") and "mini-batch 2 of 0 to 3" in row.reason
         else:
             assert row.status == "ok" and 0 < row.device_ms_p20 <= row.device_ms <= row.device_ms_p80
             assert 0 < row.error_ratio <= 1 and row.flops > 0 and row.timer and row.samples >= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,8 @@ def test_broken_third_party_becomes_a_reason(install, monkeypatch, source, why):
     for inner_model in ("linear", "mlp"):
         reason = entry.unsupported(replace(PROBLEM, inner_model=inner_model), "cpu")
         assert reason == f"entry point broken_party:ENTRY failed: {why}"
+    with pytest.raises(ValueError, match=f"^unknown implementation 'broken.fast'.*; {re.escape(reason)}$"):
+        select(["broken.fast"])
 
 
 def test_duplicate_key_raises(install):

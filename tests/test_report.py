@@ -259,6 +259,19 @@ def test_a_baseline_without_a_time_is_replaced_by_the_same_one_on_page_and_plots
     assert drawn == ["jax.scan"] and '<option selected>jax.scan' in page.replace('value="jax.scan" ', "")
 
 
+def test_the_baseline_is_that_of_the_folders_sweep_unless_told(folder, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("harness.report.plots.sweep_plots", lambda folder, baseline: drawn.append(baseline))
+    shutil.copytree(folder, tmp_path / "s")
+    machine = json.loads((tmp_path / "s" / "environment.json").read_text())
+    assert main(["report", str(tmp_path / "s")]) == 0
+    machine["arguments"]["baseline"] = "jax.scan"
+    (tmp_path / "s" / "environment.json").write_text(json.dumps(machine))
+    assert main(["report", str(tmp_path / "s")]) == 0
+    assert main(["report", str(tmp_path / "s"), "--baseline", "triton.fast"]) == 0
+    assert drawn == ["torch.eager", "jax.scan", "triton.fast"]
+
+
 def test_an_unknown_baseline_lists_the_valid_ones_and_draws_nothing(folder, tmp_path, capsys):
     shutil.copy(folder / "sweep.csv", tmp_path)
     assert main(["report", str(tmp_path), "--baseline", "triton.fist"]) == 2
