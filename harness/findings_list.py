@@ -104,9 +104,9 @@ FINDINGS = (
         _FLA,
         "In continuous integration a failed comparison is a warning",
         "With `FLA_CI_ENV` set, `assert_close` warns, where it would fail, if the relative error is below 0.01 or the "
-        "largest difference at most 0.3. In the first case of `tests/ops/test_ttt.py` (as of 0315a70) all of dv is: "
-        "zeros in its place pass. Cases with T above 1000 are skipped there, in continuous integration or not, which "
-        "leaves two of six.",
+        "largest difference at most 0.3. With numbers of the kind of the first case of `tests/ops/test_ttt.py` (as "
+        "of 0315a70) all of dv is: zeros in its place pass. Cases with T above 1000 are skipped there, in continuous "
+        "integration or not, which leaves two of six.",
         packages=_FLA_CORE,
     ),
     Finding(
@@ -147,10 +147,10 @@ FINDINGS = (
     Finding(
         "fla-rounded-norm-parameters",
         _FLA,
-        "Most of the error of the final bias is that of LayerNorm's parameters in bf16",
+        "LayerNorm's parameters in bf16 cost as much of the final bias as the rule allows",
         "A choice rather than a fault: beside bf16 views the kernels take `w` and `b` in bf16 alone (above), as its "
-        "tests hand them over, and so does this lab's adapter; the spec has them in fp32. That is why `final_b1` is "
-        "over what is allowed in four of the five cases.",
+        "tests hand them over, and so does this lab's adapter; the spec has them in fp32. `final_b1` is over what is "
+        "allowed in four of the five cases; this rounding alone, in fp32 otherwise, is about what is allowed.",
         "h100",
         _FLA_CORE,
     ),
@@ -196,10 +196,10 @@ FINDINGS = (
         "ttt-tk-video-gradients",
         _TK,
         "Gradients of 288 mini-batches are further off than those of the plain form in bf16",
-        "The case magnifies every rounding, and the rule allows for that; the forward's outputs are within it. Eleven "
-        "of the twelve gradients are not, and two runs differ (above): `d_token_eta` was within what is allowed in one "
-        "check of 2026-11-26, and at 30 and 42 times it in two others; `d_b1` at 1.8, 18 and more. Why was not found; "
-        "the sums in bf16 above, whose order is free, are in every one of these gradients.",
+        "The case magnifies every rounding, and the rule allows for that; the forward's outputs are within it. Ten of "
+        "the eleven gradients are not, all but `d_xq`, and two runs differ (above): `d_token_eta` was within what is "
+        "allowed in one check of 2026-11-26, and at 30 and 42 times it in two others; `d_b1` at 1.8 and 18. Why was "
+        "not found; the sums above, in bf16 and in any order, may be it.",
         "h100",
         _TK_PACKAGE,
     ),

@@ -183,7 +183,7 @@ def fla_reference_scales_its_input() -> Found:
 
 @_run
 def fla_continuous_integration() -> Found:
-    """dv of the first case of `test_chunk`, drawn as there, and zeros in its place."""
+    """dv at the size of the first case of `test_chunk`, of numbers of that kind, and zeros in its place."""
     import os
 
     os.environ["FLA_CI_ENV"] = "1"  # its switch for continuous integration, read at import

@@ -132,9 +132,7 @@ def run(options: argparse.Namespace) -> int:
 def verdicts(key: str, case: Case, device: Device | None = None) -> tuple[list[str], str]:
     """What fails of the peer's test, and the worst of what fails by this lab's rule; both empty if nothing does."""
     of_tk = case is TK_CASE
-    rows = bench.check(
-        key, case, inner_model="mlp" if of_tk else "linear", dtype="bf16" if of_tk else "fp16", device=device
-    )
+    rows = bench.check(key, case, inner_model="mlp" if of_tk else "linear", dtype=case.dtypes[0], device=device)
     wrong = [row for row in rows if row.status != "ok"]
     worst = max(wrong, key=lambda row: row.error_ratio or float("inf"), default=None)
     return [] if of_tk else over_the_bar(rows), f"{worst.status}: {worst.reason}" if worst else ""
