@@ -1,8 +1,8 @@
 """Time implementations over a grid: parity first, the implementations of a cell in turns, every row on disk at once.
 
 Each implementation runs in processes of its own, two on a GPU. All of them get a pass ready, what may tune itself by
-timing one after the other; then blocks of calls are timed in turn, one at a time on the device, so that a drift of its
-clock meets all alike. What runs out of device memory is tried again alone.
+timing one after the other, and for each problem anew; then blocks of calls are timed in turn, one at a time on the
+device, so that a drift of its clock meets all alike. What runs out of device memory is tried again alone.
 
 A cell whose implementation, spec, package versions and GPU are those of a row that is there already, and that was
 checked with this seed, is not measured again: the same command resumes. Times do not depend on the numbers, so
@@ -235,6 +235,7 @@ class Bench:
         self._protocol, self._settings, self._worker, self._is_over = protocol, settings, worker, is_over
         self._workers: dict[str, list[Worker]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="ttt-lab-sweep-")
+        self._compiled = settings.compiled or Path(self._folder.name)
         self._drawing = ThreadPoolExecutor(1)
         self._drawn: dict[Any, Future[Path]] = {}  # by problem
         self._numbers: Path | None = None  # of the problem that is measured
@@ -254,6 +255,7 @@ class Bench:
         self._numbers = self._draw(cells[0]).result()
         if following:
             self._draw(following)
+        self._forget_tuning(cells)
         for pass_ in (name for name in PASSES if any(name in cell.passes for cell in cells)):
             subjects = [self._subject(cell) for cell in cells if pass_ in cell.passes]
             with _device_to_itself(self._settings.stamp):
@@ -268,6 +270,14 @@ class Bench:
         for cell in cells:
             self._subject(cell).clear()
         shutil.rmtree(self._numbers, ignore_errors=True)
+
+    def _forget_tuning(self, cells: Iterable[Cell]) -> None:
+        """What tunes itself does so for this problem: not for an earlier one, nor in its check, beside others."""
+        may_tune = [cell for cell in cells if cell.passes and cell.entry.may_tune]
+        if may_tune and self._settings.stamp.device == "cuda":
+            stop_all(itertools.chain(*(self._workers.get(cell.entry.key, ()) for cell in may_tune)))
+            for file in self._compiled.rglob("*.autotune.json"):  # of `triton.autotune`, among what it compiled
+                file.unlink(missing_ok=True)
 
     def _draw(self, cell: Cell) -> Future[Path]:
         """The folder with the numbers of a problem: drawn while the one in front of it is measured."""
@@ -293,8 +303,8 @@ class Bench:
 
         A CPU's problems are tiny, and threads would only wait for each other.
         """
-        caches = compiler_caches(self._settings.compiled or Path(self._folder.name))
-        return caches | ({"OMP_NUM_THREADS": "1"} if self._settings.stamp.device == "cpu" else {})
+        threads = {"OMP_NUM_THREADS": "1"} if self._settings.stamp.device == "cpu" else {}
+        return compiler_caches(self._compiled) | threads
 
     def _take_turns(self, subjects: Sequence[Timed], pass_: Pass) -> None:
         marks = [time.monotonic()]

@@ -8,6 +8,7 @@ import threading
 import time
 import types
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -349,6 +350,44 @@ def test_what_may_tune_itself_gets_ready_with_nothing_beside_it():
     bench._take_turns(subjects, "forward")
     bench.close()
     assert [keys for keys in seen if "mine.fast" in keys] == [["mine.fast"]] * 4
+
+
+@pytest.mark.parametrize(
+    ("device", "page", "passes", "left"),
+    [
+        ("cuda", "my_package.ttt_linear", ("forward",), ["kernel.cubin"]),
+        ("cuda", "my_package.ttt_linear", (), ["kernel.autotune.json", "kernel.cubin"]),
+        ("cuda", "implementations.torch.ttt_linear", ("forward",), ["kernel.autotune.json", "kernel.cubin"]),
+        ("cpu", "my_package.ttt_linear", ("forward",), ["kernel.autotune.json", "kernel.cubin"]),
+    ],
+)
+def test_what_may_tune_itself_tunes_for_each_problem_anew(device, page, passes, left, tmp_path):
+    class Tuned:
+        def __init__(self, environment):
+            self.stopped, self.running, self.folder = 0, True, environment["TRITON_CACHE_DIR"]
+
+        def kill(self):
+            self.stopped += 1
+
+        def stop(self):
+            pass
+
+        close = call = lambda self, *arguments, **options: None
+
+    made = []
+    settings = Settings(replace(environment.stamp("cpu", "test"), device=device), compiled=tmp_path)
+    entry = Implementation("mine.fast", "torch", {"linear": page})
+    bench = sweep.Bench(sweep.Protocol(2, ("warm",)), settings, lambda named: made.append(Tuned(named)) or made[-1])
+    cell = grid.Cell(entry, CASE, PROBLEM, passes)
+    bench._subject(cell)
+    for name in ("kernel.cubin", "kernel.autotune.json"):
+        assert Path(made[0].folder).is_relative_to(tmp_path)
+        (Path(made[0].folder) / "HASH").mkdir(parents=True, exist_ok=True)
+        (Path(made[0].folder) / "HASH" / name).touch()
+    bench._forget_tuning([cell])
+    assert sorted(path.name for path in tmp_path.rglob("kernel.*")) == left
+    assert [worker.stopped for worker in made] == [len(left) == 1] * 2  # what a process remembers goes with it
+    bench.close()
 
 
 def test_a_failure_has_no_time():
