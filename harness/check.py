@@ -22,6 +22,8 @@ from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs, tensor_specs, validat
 if TYPE_CHECKING:  # the command line reads what is declared here, and never waits for PyTorch
     import torch
 
+VARIES = "two runs differ"
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -209,5 +211,5 @@ def _unequal(first: Any, second: Any, prefix: str = "") -> dict[str, str]:
     found = {}
     for name, x, y in zip(first._fields, first, second, strict=True):
         if not _same_bits(x, y):
-            found[prefix + name] = f"two runs differ in {int((x != y).sum())} elements"
+            found[prefix + name] = f"{VARIES} in {int((x != y).sum())} elements"
     return found

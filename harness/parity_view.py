@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas
 
 from harness.leaderboard import PRECISIONS, precision
-from harness.plot_parity import EARLIER, WorstCell, parity_rows, ratio_text, tensors_of, worst_cells
+from harness.plot_parity import WorstCell, parity_rows, ratio_text, tensors_of, worst_cells
 from harness.plot_style import by_precision
 from harness.rows import ParityRow
 
@@ -98,5 +98,5 @@ def _cell(label: str, cell: WorstCell) -> MatrixCell:
         "none": "–",
     }
     level = sum(cell.ratio >= limit for limit in (0.1, 0.5))
-    text = texts.get(cell.kind, number) + (EARLIER if cell.earlier else "")
+    text = texts.get(cell.kind, number) + cell.marks
     return MatrixCell(label, cell.kind, text, level)

@@ -14,12 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.patches import Patch
 
+from harness.check import VARIES
 from harness.plot_style import GREY, by_precision, colour_bar, grid, heat, read, save
 from spec.tensors import MlpInputs, MlpOutputs
 
 TENSORS = [*MlpOutputs._fields, *(f"d_{name}" for name in MlpInputs._fields)]
 AMBER = (0.98, 0.88, 0.62, 1.0)
 EARLIER = "*"
+DIFFERS = "≠"
 NORM = LogNorm(0.01, 100)  # centred at 1, where the colour jumps: allowed on the blue side, not on the other
 COLOURS = ListedColormap(
     [*seaborn.color_palette("Blues_r", 160)[24:120], *seaborn.color_palette("OrRd", 160)[56:152]], "allowed"
@@ -50,6 +52,8 @@ def parity_matrix(folder: Path) -> Path:
         Patch(facecolor=GREY, label="–  unsupported"),
         Patch(facecolor="white", edgecolor="#bbbbbb", label="not run"),
     ]
+    if any(cell.differs for cell in drawn):
+        marks.append(Patch(facecolor="none", label=f"{DIFFERS}  {VARIES}"))
     if any(cell.earlier for cell in drawn):
         marks.append(Patch(facecolor="none", label=f"{EARLIER}  by older code"))
     figure.legend(handles=marks, loc="outside lower right", frameon=False, ncols=len(marks), fontsize=9)
@@ -91,12 +95,19 @@ class WorstCell:
         ratio: the worst error ratio, of what is wrong if anything is, else of what is right; NaN where there is none.
         status: of the last row that has no result, for kind `failed`.
         earlier: whether all that is wrong or failed is of earlier code; see `parity_rows`.
+        differs: whether two runs of something wrong differ, which is wrong whatever the ratio.
     """
 
     kind: str
     ratio: float = math.nan
     status: str = ""
     earlier: bool = False
+    differs: bool = False
+
+    @property
+    def marks(self) -> str:
+        """What stands behind the number."""
+        return DIFFERS * self.differs + EARLIER * self.earlier
 
 
 def worst_cells(table: pandas.DataFrame, names: list[str], by: str, labels: list[str]) -> list[list[WorstCell]]:
@@ -115,7 +126,8 @@ def _worst(rows: pandas.DataFrame) -> WorstCell:
     earlier = bool(wrong["earlier"].all() and failed["earlier"].all())
     if not wrong.empty:
         ratio = wrong["error_ratio"].max(skipna=False)
-        return WorstCell("wrong", ratio if np.isfinite(ratio) else math.inf, earlier=earlier)
+        differs = bool(wrong["reason"].str.contains(VARIES, regex=False).any())
+        return WorstCell("wrong", ratio if np.isfinite(ratio) else math.inf, "", earlier, differs)
     if not failed.empty:
         return WorstCell("failed", right["error_ratio"].max(), failed["status"].iloc[-1], earlier)
     if not right.empty:
@@ -139,7 +151,7 @@ def _colour(cell: WorstCell) -> tuple[float, ...]:
 
 def _text(cell: WorstCell) -> str:
     texts = {"wrong": ratio_text(cell.ratio) or "NaN", "failed": cell.status, "unsupported": "–"}
-    return texts.get(cell.kind, "") + (EARLIER if cell.earlier else "")
+    return texts.get(cell.kind, "") + cell.marks
 
 
 def _reasons(axes: Axes, table: pandas.DataFrame, names: list[str], width: int) -> None:

@@ -85,6 +85,16 @@ def test_what_failed_before_its_code_changed_is_marked(tmp_path, monkeypatch):
     assert starred == [[True, False], [False, False]]
 
 
+def test_what_does_not_repeat_says_so_beside_an_error_that_is_allowed(tmp_path):
+    rows = {"out": (0.2, "two runs differ in 3 elements"), "d_xq": (3.0, "too far off")}
+    for tensor, (ratio, reason) in rows.items():
+        row = parity_row(tensor=tensor, error_ratio=ratio, status="wrong", reason=reason)
+        records.append(tmp_path / "parity.csv", [row])
+    plots.parity_plots(tmp_path)
+    (by_tensor, _) = parity_view.matrices(tmp_path)
+    assert [[cell.text for cell in line.cells] for line in by_tensor.lines] == [["✗ 0.20≠", "✗ 3.00"]]
+
+
 @pytest.mark.parametrize("status", ["unsupported", "oom", "wrong"])
 def test_only_failed_rows(tmp_path, status):
     records.append(tmp_path / "parity.csv", [failed(parity_row, status)])
