@@ -113,6 +113,7 @@ def _render(folder: Path, baseline: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    jinja.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
     jinja.filters.update(number=view.number, dash=view.dash, kernels=view.kernels)
     return jinja.get_template("report.html").render(
         # Raw: neither is HTML, and neither holds data.
