@@ -363,8 +363,10 @@ def test_what_may_tune_itself_gets_ready_with_nothing_beside_it():
 )
 def test_what_may_tune_itself_tunes_for_each_problem_anew(device, page, passes, left, tmp_path):
     class Tuned:
+        running = True
+
         def __init__(self, environment):
-            self.stopped, self.running, self.folder = 0, True, environment["TRITON_CACHE_DIR"]
+            self.stopped, self.folder = 0, Path(environment["TRITON_CACHE_DIR"])
 
         def kill(self):
             self.stopped += 1
@@ -372,19 +374,21 @@ def test_what_may_tune_itself_tunes_for_each_problem_anew(device, page, passes, 
         def stop(self):
             pass
 
-        close = call = lambda self, *arguments, **options: None
+        close = stop
+
+        def call(self, *arguments, **options):
+            raise Failure("error", "not timed here")
 
     made = []
     settings = Settings(replace(environment.stamp("cpu", "test"), device=device), compiled=tmp_path)
     entry = Implementation("mine.fast", "torch", {"linear": page})
     bench = sweep.Bench(sweep.Protocol(2, ("warm",)), settings, lambda named: made.append(Tuned(named)) or made[-1])
     cell = grid.Cell(entry, CASE, PROBLEM, passes)
-    bench._subject(cell)
+    bench._subject(cell)  # as a problem before this one, or a check, left it
+    (made[0].folder / "HASH").mkdir(parents=True)
     for name in ("kernel.cubin", "kernel.autotune.json"):
-        assert Path(made[0].folder).is_relative_to(tmp_path)
-        (Path(made[0].folder) / "HASH").mkdir(parents=True, exist_ok=True)
-        (Path(made[0].folder) / "HASH" / name).touch()
-    bench._forget_tuning([cell])
+        (made[0].folder / "HASH" / name).touch()
+    assert [pass_ for _, pass_ in bench.measure([cell], None)] == list(passes)
     assert sorted(path.name for path in tmp_path.rglob("kernel.*")) == left
     assert [worker.stopped for worker in made] == [len(left) == 1] * 2  # what a process remembers goes with it
     bench.close()
