@@ -22,7 +22,7 @@ from spec.tensors import INPUTS, OUTPUTS, Inputs, Outputs, tensor_specs, validat
 if TYPE_CHECKING:  # the command line reads what is declared here, and never waits for PyTorch
     import torch
 
-VARIES = "two runs differ"
+VARIES = "two runs differ"  # the fault of what does not repeat bit for bit: in a reason, and marked in the matrices
 
 
 @dataclass(frozen=True)
